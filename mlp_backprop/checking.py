@@ -1,0 +1,232 @@
+"""The gradient checker: central differences in float64, and torch autograd when asked."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mlp_backprop import backprop, namespaces, validation
+from mlp_backprop.arguments import dtype_name, flat, read_params, table_row
+from mlp_backprop.gradients import compute_grads, quietly
+from mlp_backprop.types import Array, Layer, Params
+
+# The error of a correct gradient stays under these, with a wide margin; a derivative that is
+# wrong by a tenth of a percent does not.
+TOLERANCES = {"float64": 1e-6, "float32": 2e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+# A step across a kink (relu) makes a difference wrong; a smaller one need not cross it. The
+# first is near the best for smooth functions, the cube root of the rounding unit.
+STEPS = (6e-6, 6e-7, 6e-8)
+
+
+@quietly
+def check_grads(
+    params: Params,
+    X: Array,
+    y: Array,
+    *,
+    activation: str | Sequence[str] = "sigmoid",
+    loss: str = "squared_error",
+    reduction: str = "mean",
+    sample_weight: Array | None = None,
+    backend: str | None = None,
+    grads: Params | None = None,
+    against: str | Sequence[str] = "differences",
+    tolerance: float | None = None,
+    max_entries: int = 2000,
+    rng: Any = 0,
+) -> list[Layer]:
+    """Compare the gradient with what it should be, and raise if it is not.
+
+    Parameters
+    ----------
+    params, X, y, activation, loss, reduction, sample_weight, backend
+        As for `compute_grads`. Arrays on a device are copied to the host for the comparison.
+    grads : sequence of (W, b), optional
+        Gradients to check, for someone who derived them by hand. None: those of
+        `compute_grads` with the same arguments.
+    against : str or sequence of str
+        "differences": central differences of the loss in float64; where two steps across a kink
+        disagree, the best of three steps counts. "torch": torch autograd in float64.
+    tolerance : float, optional
+        Largest relative error allowed. None: by the parameters' dtype, 1e-6 for float64, 2e-4
+        for float32, 0.02 for float16, 0.1 for bfloat16.
+    max_entries : int
+        Differences are taken for all entries up to this many parameters, above it for about as
+        many, drawn from every array.
+    rng : numpy.random.Generator, int or None
+        Draws them, as for numpy.random.default_rng.
+
+    Returns
+    -------
+    list of Layer
+        Per W and b the largest relative error, a float: |got - expected| over the largest entry
+        of the array. (An array far smaller than the largest of the gradient, or than the loss,
+        is measured by a thousandth, or a ten-thousandth, of that: differences resolve no more.)
+
+    Raises
+    ------
+    AssertionError
+        An error above the tolerance; the message has the worst entry.
+    ValueError, TypeError, ImportError
+        As for `compute_grads`; torch not installed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mlp_backprop import check_grads, init_params
+    >>> params = init_params([2, 3, 1], rng=0)
+    >>> errors = check_grads(params, np.ones((4, 2)), np.zeros((4, 1)))
+    >>> max(error for layer in errors for error in layer) < 1e-8
+    True
+    """
+    options: dict[str, Any] = {
+        "activation": activation,
+        "loss": loss,
+        "reduction": reduction,
+        "sample_weight": sample_weight,
+        "backend": backend,
+    }
+    references = [
+        table_row("reference", name, REFERENCES)
+        for name in ([against] if isinstance(against, str) else against)
+    ]
+    problem = validation.problem(params, X, y, **options)
+    if tolerance is None:
+        tolerance = TOLERANCES[dtype_name(problem.spec.dtype)]
+    if grads is None:
+        grads = compute_grads(params, X, y, **options).grads
+    got = _host_grads(grads, problem)
+    host = _on_host(problem)
+    entries = _draw_entries([g.size for g in got], max_entries, np.random.default_rng(rng))
+    value = abs(_sample_losses(host).sum() / _divisor(host, reduction))
+    errors = np.zeros(len(got))
+    for reference in references:
+        expected = reference(host, reduction, entries, got)
+        errors = np.maximum(errors, _compare(got, expected, entries, value, tolerance))
+    return [Layer(float(W), float(b)) for W, b in errors.reshape(-1, 2)]
+
+
+def _host_grads(grads: Params, problem: validation.Problem) -> list[Array]:
+    """Gradients W_1, b_1, W_2, ... as float64 on the host, once they have the right shapes."""
+    got = [namespaces.to_numpy(g.xp, g.array).astype(float) for g in flat(read_params(grads))]
+    shapes, expected = [g.shape for g in got], [tuple(A.shape) for A in _flat(problem.params)]
+    if shapes != expected:
+        raise ValueError(f"grads must have the shapes of the parameters, {expected}, got {shapes}")
+    return got
+
+
+def _on_host(problem: validation.Problem) -> validation.Problem:
+    """The same problem in NumPy and float64, on copies that may be changed."""
+    xp = problem.spec.xp
+
+    def copy(array: Array) -> Array:
+        host = namespaces.to_numpy(xp, array)
+        return host if array.ndim == 1 and problem.y is array else np.array(host, dtype=float)
+
+    return validation.Problem(
+        spec=problem.spec._replace(xp=np, dtype=np.float64),
+        params=[Layer(copy(W), copy(b)) for W, b in problem.params],
+        X=copy(problem.X),
+        y=copy(problem.y),
+        weight=None if problem.weight is None else copy(problem.weight),
+    )
+
+
+def _flat(params: list[Layer]) -> list[Array]:
+    return [array for layer in params for array in layer]
+
+
+def _sample_losses(host: validation.Problem) -> Array:
+    """Weighted loss per sample (n,)."""
+    spec, params, X, y, weight = host
+    _, H = backprop.forward(np, spec.activations, params, X)
+    return backprop.loss_and_output_grad(spec, H[-1], y, weight)[0]
+
+
+def _divisor(host: validation.Problem, reduction: str) -> float:
+    return float(backprop.weight_sum(host.spec, host.X, host.weight)) if reduction == "mean" else 1
+
+
+def _draw_entries(sizes: list[int], limit: int, rng: np.random.Generator) -> list[Array]:
+    """Flat indices into each array: all, or a share of the limit and at least ten."""
+    total = sum(sizes)
+    if total <= limit:
+        return [np.arange(size) for size in sizes]
+    shares = [min(size, max(10, round(limit * size / total))) for size in sizes]
+    return [
+        rng.choice(size, share, replace=False) for size, share in zip(sizes, shares, strict=True)
+    ]
+
+
+def _by_differences(
+    host: validation.Problem, reduction: str, entries: list[Array], got: list[Array]
+) -> list[Array]:
+    """Central differences at the entries; of several steps, the one nearest to what was got."""
+    divisor = _divisor(host, reduction)
+
+    def difference(array: Array, index: int, step: float) -> float:
+        kept = array.flat[index]
+        step *= max(1.0, abs(kept))
+        array.flat[index] = kept + step
+        above = _sample_losses(host)
+        array.flat[index] = kept - step
+        # Subtracted sample by sample: the sum of the losses has lost the digits already.
+        change = (above - _sample_losses(host)).sum()
+        array.flat[index] = kept
+        return float(change / (2 * step * divisor))
+
+    def nearest(array: Array, index: int, target: float) -> float:
+        tries = [difference(array, index, step) for step in STEPS]
+        return min(tries, key=lambda value: abs(value - target))
+
+    arrays = _flat(host.params)
+    return [
+        np.array([nearest(A, i, g.flat[i]) for i in index])
+        for A, index, g in zip(arrays, entries, got, strict=True)
+    ]
+
+
+def _by_torch(
+    host: validation.Problem, reduction: str, entries: list[Array], got: list[Array]
+) -> list[Array]:
+    """torch autograd at the entries."""
+    namespaces.namespace("torch")
+    from mlp_backprop import torch_reference
+
+    spec, params, X, y, weight = host
+    names = [row.name for row in spec.activations]
+    _, grads = torch_reference.loss_and_grads(
+        params, X, y, weight, names=names, loss=spec.loss.name, reduction=reduction
+    )
+    return [g.flat[index] for g, index in zip(_flat(grads), entries, strict=True)]
+
+
+REFERENCES = {"differences": _by_differences, "torch": _by_torch}
+
+
+def _compare(
+    got: list[Array], expected: list[Array], entries: list[Array], value: float, tolerance: float
+) -> Array:
+    """Largest relative error per array; AssertionError with the worst entry."""
+    sizes = [max(_largest(g), _largest(e)) for g, e in zip(got, expected, strict=True)]
+    floor = max(1e-3 * max(sizes), 1e-4 * value, np.finfo(float).tiny)
+    worst = []
+    for g, e, index, size in zip(got, expected, entries, sizes, strict=True):
+        errors = np.abs(g.flat[index] - e) / max(size, floor)
+        k = int(np.argmax(errors))
+        worst.append((errors[k], g.shape, index[k], g.flat[index[k]], e[k]))
+    errors = np.array([w[0] for w in worst])
+    if not np.all(errors <= tolerance):  # nan is not below any tolerance
+        k = int(np.argmax(errors))
+        error, shape, index, mine, theirs = worst[k]
+        place = [int(i) for i in np.unravel_index(index, shape)]
+        raise AssertionError(
+            f"gradient of {'Wb'[k % 2]} of layer {k // 2 + 1} at {place}: got {mine:.10g}, "
+            f"expected {theirs:.10g}; relative error {error:.2g} above {tolerance:g}"
+        )
+    return errors
+
+
+def _largest(array: Array) -> float:
+    return float(np.max(np.abs(array), initial=0.0))

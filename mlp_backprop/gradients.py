@@ -1,0 +1,227 @@
+"""The public functions on a whole net: check the arguments, plan, run, divide once."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mlp_backprop import backprop, namespaces, validation
+from mlp_backprop.types import Array, Layer, Params
+
+# inf and nan in the data are results like any other (IEEE 754): NumPy need not warn of them.
+quietly = np.errstate(all="ignore")
+
+
+class LossAndGrads(NamedTuple):
+    """The value of the loss, and its gradient with respect to every W and b."""
+
+    loss: Array
+    grads: list[Layer]
+
+
+class Trace(NamedTuple):
+    """Every array of one pass; lists are indexed by the layer, 0 for the input.
+
+    Z[l], H[l] and D[l] = dE/dZ_l have shape (n, d_l), with Z[0] = H[0] = X and D[0] = dE/dX.
+    `loss` has one value per sample, (n,); `grads[l - 1]` belongs to layer l. D and grads belong
+    to E, the sum of `loss`.
+    """
+
+    Z: list[Array]
+    H: list[Array]
+    D: list[Array]
+    loss: Array
+    grads: list[Layer]
+
+
+@quietly
+def compute_grads(
+    params: Params,
+    X: Array,
+    y: Array,
+    *,
+    activation: str | Sequence[str] = "sigmoid",
+    loss: str = "squared_error",
+    reduction: str = "mean",
+    sample_weight: Array | None = None,
+    backend: str | None = None,
+) -> LossAndGrads:
+    """Compute a loss and its exact gradient with respect to every weight and bias.
+
+    Parameters
+    ----------
+    params : sequence of (W, b)
+        One pair per layer; W has shape (d_l, d_{l-1}), as in torch's nn.Linear, b has (d_l,).
+        Their floating dtype is the one everything is computed in.
+    X : array (n, d_0)
+        Inputs, one row per sample. Same dtype as the parameters; integers, booleans and lists
+        are converted.
+    y : array
+        Targets (n, d_L), of the same dtype. For "binary_cross_entropy" values in [0, 1]. For
+        "softmax_cross_entropy" class indices (n,), integers, or weights per class (n, d_L),
+        which need not sum to 1.
+    activation : str or sequence of str
+        "identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu" or
+        "gelu_tanh". One name is for every hidden layer, before an identity output; a sequence
+        names all L layers.
+    loss : str
+        "squared_error" (without a factor 1/2), "absolute_error", "huber", "poisson",
+        "binary_cross_entropy" or "softmax_cross_entropy", summed over the outputs of a sample.
+        The last three take logits.
+    reduction : {"mean", "sum"}
+        "sum" over the samples, each times its weight, or that sum divided by the sum of the
+        weights.
+    sample_weight : array (n,), optional
+        Weights, not negative. None: all 1.
+    backend : {"numpy", "cupy", "torch", "jax"}, optional
+        None: the library of the arrays. A name takes NumPy arrays as well, which are copied to
+        that library; the results stay there. "torch" means tensors as arrays: nothing is
+        recorded by autograd, and nothing returned requires a gradient.
+
+    Returns
+    -------
+    loss : scalar of the array library
+        In the parameters' dtype; float32 for half precision, whose range a sum may leave.
+    grads : list of Layer
+        (W, b) per layer, with the shapes, dtype and library of the parameters.
+
+    Raises
+    ------
+    TypeError
+        Arrays of different libraries or dtypes; anything that does not hold real numbers.
+    ValueError
+        Shapes that do not fit, unknown names, values out of range, different devices.
+    ImportError
+        A backend that is not installed, or CuPy without a device.
+
+    Notes
+    -----
+    Scale: with reduction="mean" the loss equals torch's per-sample loss, summed over outputs and
+    averaged over samples. torch's own reduction="mean" divides regression losses by n d_L.
+
+    The gradients are equations (1) to (3) of docs/derivation.md; Rumelhart, Hinton and Williams,
+    "Learning representations by back-propagating errors", Nature 323 (1986).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mlp_backprop import compute_grads, init_params
+    >>> params = init_params([2, 10, 5, 1], rng=0)
+    >>> X = np.array([[0.3, 0.8], [0.6, 0.1]])
+    >>> y = (X**2).sum(axis=1, keepdims=True) / 2
+    >>> loss, grads = compute_grads(params, X, y)
+    >>> [grad.W.shape for grad in grads]
+    [(10, 2), (5, 10), (1, 5)]
+    """
+    spec, layers, X, y, weight = validation.problem(
+        params,
+        X,
+        y,
+        activation=activation,
+        loss=loss,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        backend=backend,
+    )
+    run = namespaces.plan(spec)
+    return _reduced(spec, run(layers, X, y, weight), reduction)
+
+
+def _reduced(spec: backprop.Spec, sums: backprop.Sums, reduction: str) -> LossAndGrads:
+    """The one place where a sum becomes a mean."""
+
+    def mean(total: Array) -> Array:
+        return total / sums.weight if reduction == "mean" else total
+
+    # A sum may leave the range of half precision, so its loss stays in the accumulator's dtype.
+    is_half = backprop.accumulator_dtype(spec) != spec.dtype
+    loss = spec.xp.asarray(mean(sums.loss))
+    loss = loss if is_half else _rounded(spec, loss)
+    grads = [Layer(_rounded(spec, mean(W)), _rounded(spec, mean(b))) for W, b in sums.grads]
+    return LossAndGrads(loss[()], grads)
+
+
+def _rounded(spec: backprop.Spec, accumulator: Array) -> Array:
+    """From the accumulator's dtype to the parameters'."""
+    return spec.xp.astype(accumulator, spec.dtype, copy=False)
+
+
+@quietly
+def forward(
+    params: Params,
+    X: Array,
+    *,
+    activation: str | Sequence[str] = "sigmoid",
+    backend: str | None = None,
+) -> Array:
+    """Compute the outputs of the last layer, after its activation.
+
+    Parameters
+    ----------
+    params, X, activation, backend
+        As for `compute_grads`.
+
+    Returns
+    -------
+    array (n, d_L)
+        H_L: logits under an identity output, the default.
+
+    Examples
+    --------
+    >>> from mlp_backprop import forward
+    >>> forward([([[1.0, 2.0]], [0.5])], [[3.0, 4.0]])
+    array([[11.5]])
+    """
+    net = validation.network(params, X, activation=activation, backend=backend)
+    return backprop.forward(*net)[1][-1]
+
+
+@quietly
+def trace(
+    params: Params,
+    X: Array,
+    y: Array,
+    *,
+    activation: str | Sequence[str] = "sigmoid",
+    loss: str = "squared_error",
+    sample_weight: Array | None = None,
+    backend: str | None = None,
+) -> Trace:
+    """Compute a loss and its gradient and keep everything in between, to look at.
+
+    Parameters
+    ----------
+    params, X, y, activation, loss, sample_weight, backend
+        As for `compute_grads`. There is no `reduction`: deltas and gradients are those of the
+        sum over samples, as in the derivation.
+
+    Returns
+    -------
+    Trace
+        Named tuple (Z, H, D, loss, grads), lists indexed by the layer.
+
+    Examples
+    --------
+    A single neuron with one input, by hand: z = 2 * 3 + 1 = 7, loss (7 - 5)² = 4, delta 2 * 2.
+
+    >>> from mlp_backprop import trace
+    >>> steps = trace([([[2.0]], [1.0])], X=[[3.0]], y=[[5.0]])
+    >>> steps.Z[1], steps.loss, steps.D[1], steps.grads[0].W
+    (array([[7.]]), array([4.]), array([[4.]]), array([[12.]]))
+    """
+    spec, layers, X, y, weight = validation.problem(
+        params,
+        X,
+        y,
+        activation=activation,
+        loss=loss,
+        reduction="sum",
+        sample_weight=sample_weight,
+        backend=backend,
+    )
+    Z, H = backprop.forward(spec.xp, spec.activations, layers, X)
+    values, G = backprop.loss_and_output_grad(spec, H[-1], y, weight)
+    deltas = dict(backprop.backward(spec.xp, spec.activations, layers, Z, H, G))
+    D = [deltas[1] @ layers[0].W, *(deltas[l] for l in range(1, len(Z)))]
+    sums = [backprop.layer_grad_sums(spec, D[l], H[l - 1]) for l in range(1, len(Z))]
+    return Trace(Z, H, D, values, [Layer(*(_rounded(spec, g) for g in layer)) for layer in sums])

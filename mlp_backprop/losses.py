@@ -1,0 +1,142 @@
+"""The table of losses: each row turns outputs and targets into values and their derivatives.
+
+H is H_L, the outputs of the net (n, d_L); Y the targets. Losses are summed over outputs and kept
+apart by sample:
+
+    values, G = row.value_and_grad(xp, H, Y)      (n,) and dE/dH_L (n, d_L)
+    row.hessian_product(xp, H, Y, V)              (d2E/dH_L2) V, (n, d_L)
+
+The cross entropies and Poisson take logits: log(softmax(z)) and log(sigmoid(z)) are never formed
+from rounded probabilities, so that extreme logits keep a finite loss and a right gradient. At a
+kink (absolute_error at 0) the derivative is 0, as in torch.
+
+Each row equals, per sample and summed over outputs, torch's loss with reduction="none":
+
+    squared_error          MSELoss (no factor 1/2)
+    absolute_error         L1Loss
+    huber                  HuberLoss(delta=1)
+    poisson                PoissonNLLLoss(log_input=True, full=False)
+    binary_cross_entropy   BCEWithLogitsLoss
+    softmax_cross_entropy  CrossEntropyLoss, with class indices or class weights per row
+
+Scale: torch's reduction="mean" also divides the first five by d_L; here "mean" is over samples.
+
+Adding a loss is adding a row; the tests loop over the table.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from mlp_backprop.activations import logistic
+from mlp_backprop.types import Array, Namespace
+
+
+class Loss(NamedTuple):
+    """One row: a name, the value with its gradient, the Hessian product, and what Y may be."""
+
+    name: str
+    value_and_grad: Callable[[Namespace, Array, Array], tuple[Array, Array]]
+    hessian_product: Callable[[Namespace, Array, Array, Array], Array]
+    targets: Literal["real", "probability", "class"]
+    takes_logits: bool
+
+
+def _squared_error(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
+    R = H - Y
+    return xp.sum(R * R, axis=1), 2 * R
+
+
+def _squared_error_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+    return 2 * V
+
+
+def _absolute_error(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
+    R = H - Y
+    return xp.sum(xp.abs(R), axis=1), xp.sign(R)
+
+
+def _absolute_error_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+    return xp.zeros_like(V)
+
+
+def _huber(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
+    # With C = clip(R, -1, 1), C (R - C/2) is R²/2 where |R| <= 1 and |R| - 1/2 beyond.
+    R = H - Y
+    C = xp.clip(R, -1.0, 1.0)
+    return xp.sum(C * (R - C / 2), axis=1), C
+
+
+def _huber_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+    return xp.where(xp.abs(H - Y) < 1, V, xp.zeros_like(V))
+
+
+def _poisson(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
+    rate = xp.exp(H)
+    return xp.sum(rate - Y * H, axis=1), rate - Y
+
+
+def _poisson_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+    return xp.exp(H) * V
+
+
+def _binary_cross_entropy(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
+    # -y log s(h) - (1 - y) log(1 - s(h)) = log(1 + exp(h)) - y h, with log(1 + exp(h)) split
+    # as in softplus; max(h, 0) - y h goes first, so that nothing is lost where the two cancel.
+    values = (xp.clip(H, 0.0, None) - Y * H) + xp.log1p(xp.exp(-xp.abs(H)))
+    return xp.sum(values, axis=1), logistic(xp, H) - Y
+
+
+def _binary_cross_entropy_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+    P = logistic(xp, H)
+    return P * (1 - P) * V
+
+
+def _class_weights(xp: Namespace, H: Array, Y: Array) -> Array:
+    """Targets as rows of weights (n, d_L): class indices (n,) become rows with a single 1."""
+    if Y.ndim == 2:
+        return Y
+    classes = xp.arange(H.shape[1], device=H.device)
+    return xp.astype(xp.astype(Y, classes.dtype)[:, None] == classes[None, :], H.dtype)
+
+
+def _softmax_cross_entropy(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
+    # With S = H - max(H): -sum_k y_k log p_k = sum_k y_k (log sum_j exp(S_j) - S_k). A class
+    # of weight 0 adds nothing, whatever its logit: 0 * inf would be nan.
+    Y = _class_weights(xp, H, Y)
+    S = H - xp.max(H, axis=1, keepdims=True)
+    E = xp.exp(S)
+    total = xp.sum(E, axis=1, keepdims=True)
+    surprise = xp.where(Y == 0, xp.zeros_like(S), Y * (xp.log(total) - S))
+    return xp.sum(surprise, axis=1), xp.sum(Y, axis=1, keepdims=True) * (E / total) - Y
+
+
+def _softmax_cross_entropy_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+    Y = _class_weights(xp, H, Y)
+    E = xp.exp(H - xp.max(H, axis=1, keepdims=True))
+    P = E / xp.sum(E, axis=1, keepdims=True)
+    return xp.sum(Y, axis=1, keepdims=True) * P * (V - xp.sum(P * V, axis=1, keepdims=True))
+
+
+LOSSES = {
+    row.name: row
+    for row in (
+        Loss("squared_error", _squared_error, _squared_error_hp, "real", False),
+        Loss("absolute_error", _absolute_error, _absolute_error_hp, "real", False),
+        Loss("huber", _huber, _huber_hp, "real", False),
+        Loss("poisson", _poisson, _poisson_hp, "real", True),
+        Loss(
+            "binary_cross_entropy",
+            _binary_cross_entropy,
+            _binary_cross_entropy_hp,
+            "probability",
+            True,
+        ),
+        Loss(
+            "softmax_cross_entropy",
+            _softmax_cross_entropy,
+            _softmax_cross_entropy_hp,
+            "class",
+            True,
+        ),
+    )
+}
