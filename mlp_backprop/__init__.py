@@ -3,6 +3,7 @@
 The derivation is in backprop.py; the table of contents is here:
 
     compute_grads    loss and gradient of every weight and bias
+    prepare_grads    the same for many calls of the same shapes
     forward          outputs of the net
     trace            every Z, H and delta of one pass
     init_params      initial parameters
@@ -15,6 +16,7 @@ from mlp_backprop.checking import check_grads
 from mlp_backprop.gradients import compute_grads, forward, trace
 from mlp_backprop.namespaces import backends
 from mlp_backprop.parameters import init_params
+from mlp_backprop.prepared import prepare_grads
 from mlp_backprop.types import Layer
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "compute_grads",
     "forward",
     "init_params",
+    "prepare_grads",
     "trace",
 ]
 

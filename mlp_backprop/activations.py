@@ -155,7 +155,8 @@ def _gelu_tanh_d2f(xp: Namespace, Z: Array, H: Array) -> Array:
     Z, S = _gelu_gate(xp, Z)
     dU = GELU_SCALE * (1 + 3 * GELU_CUBIC * Z * Z)
     d2U = 6 * GELU_SCALE * GELU_CUBIC * Z
-    return S * (1 - S) * (2 * dU + Z * ((1 - 2 * S) * dU * dU + d2U))
+    dS = S * (1 - S)  # first in each product: far out it is 0, and the rest would overflow float16
+    return dS * dU * (2 + Z * (1 - 2 * S) * dU) + dS * Z * d2U
 
 
 ACTIVATIONS = {

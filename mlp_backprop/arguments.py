@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from mlp_backprop import namespaces
-from mlp_backprop.types import Array, DType, Layer, Namespace
+from mlp_backprop.types import Array, DType, Layer, Namespace, flat
 
 Row = TypeVar("Row")
 
@@ -45,7 +45,8 @@ def table_row(what: str, name: object, table: Mapping[str, Row]) -> Row:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    guess = difflib.get_close_matches(name.lower(), list(known), n=1)
+    begun = [row for row in known if row.startswith(name.lower()) and name]
+    guess = begun or difflib.get_close_matches(name.lower(), list(known), n=1)
     hint = f"; did you mean {guess[0]!r}?" if guess else ""
     return f"unknown {what} {name!r}; known: {', '.join(known)}{hint}"
 
@@ -60,24 +61,27 @@ def read(name: str, value: object) -> Argument:
     weak = xp is None and isinstance(value, list | tuple | range | float | int)
     if xp is None or xp is np:
         return _read_numpy(name, value, weak)
-    array = namespaces.outside_autograd(value)
+    array = namespaces.as_plain(value)
+    if namespaces.is_sparse(array):
+        raise TypeError(f"{name} is sparse: pass {name}.to_dense()")
     if xp.isdtype(array.dtype, "bool"):
         array = xp.astype(array, xp.uint8)
     if not xp.isdtype(array.dtype, ("real floating", "integral")):
-        raise _not_real(name, dtype_name(array.dtype))
+        raise _not_real(name, "float64, float32, float16, bfloat16", dtype_name(array.dtype))
     return Argument(name, array, xp)
 
 
 def _read_numpy(name: str, value: object, weak: bool) -> Argument:
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"{name} cannot be read as an array; rows of a list must be numbers, "
             f"and equally many in each ({error})"
         ) from error
     if array.dtype.char not in "?bBhHiIlLqQefd":
-        raise _not_real(name, f"{array.dtype} (from a {type(value).__name__})")
+        came = f"{array.dtype} (from a {type(value).__name__})"
+        raise _not_real(name, "float64, float32, float16", came)
     if array.dtype == bool:
         array = array.astype(np.uint8)
     if not array.dtype.isnative:
@@ -85,33 +89,34 @@ def _read_numpy(name: str, value: object, weak: bool) -> Argument:
     return Argument(name, array, np, weak)
 
 
-def _not_real(name: str, dtype: str) -> TypeError:
+def _not_real(name: str, floating: str, dtype: str) -> TypeError:
     return TypeError(
-        f"{name} must hold real numbers (float64, float32, float16, bfloat16, integers or "
-        f"booleans), got dtype {dtype}"
+        f"{name} must hold real numbers ({floating}, integers or booleans), got dtype {dtype}"
     )
 
 
-def read_params(params: Any) -> list[Layer]:
+def read_params(params: Any, name: str = "params") -> list[Layer]:
     """The layers, as arguments named by layer."""
+    of = "" if name == "params" else f" in {name}"
     if not isinstance(params, Sequence) or isinstance(params, str):
         raise TypeError(
-            "params must be a sequence of (W, b) pairs, one per layer, "
+            f"{name} must be a sequence of (W, b) pairs, one per layer, "
             f"got {type_name(params)}" + _module_hint(params)
         )
     if len(params) == 0:
-        raise ValueError("params is empty: a net needs at least one layer (W, b)")
+        raise ValueError(f"{name} is empty: a net needs at least one layer (W, b)")
     layers = []
     for l, pair in enumerate(params, 1):
         if not isinstance(pair, Sequence) or len(pair) != 2:
             raise TypeError(
-                f"layer {l} must be a pair (W, b), got {type_name(pair)}"
+                f"layer {l}{of} must be a pair (W, b), got {type_name(pair)}"
                 + (f" of length {len(pair)}" if isinstance(pair, Sequence) else "")
             )
         W, b = pair
         if W is None or b is None:
-            raise TypeError(f"layer {l} has no {'W' if W is None else 'b'}: pass zeros for none")
-        layers.append(Layer(read(f"W of layer {l}", W), read(f"b of layer {l}", b)))
+            missing = "W" if W is None else "b"
+            raise TypeError(f"layer {l}{of} has no {missing}: pass zeros for none")
+        layers.append(Layer(read(f"W of layer {l}{of}", W), read(f"b of layer {l}{of}", b)))
     return layers
 
 
@@ -123,10 +128,6 @@ def _module_hint(params: object) -> str:
 
 def type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
-
-
-def flat(layers: Iterable[Layer]) -> list[Argument]:
-    return [argument for layer in layers for argument in layer]
 
 
 class Home(NamedTuple):
@@ -151,8 +152,9 @@ class Home(NamedTuple):
         # torch takes neither negative strides nor read-only arrays; a dtype that NumPy lacks
         # (bfloat16) is reached by way of float32.
         host_dtype = np.int64 if dtype is None else getattr(np, dtype, np.float32)
-        host = np.ascontiguousarray(array, dtype=host_dtype)
-        host = host if host.flags.writeable else host.copy()
+        host = np.asarray(array, dtype=host_dtype)
+        if not (host.flags.c_contiguous and host.flags.writeable and min(host.strides) >= 0):
+            host = host.copy(order="C")
         return self.xp.asarray(host, device=self.device)
 
 

@@ -1,21 +1,21 @@
 """The gradient checker: central differences in float64, and torch autograd when asked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from mlp_backprop import backprop, namespaces, validation
-from mlp_backprop.arguments import dtype_name, flat, read_params, table_row
+from mlp_backprop.arguments import dtype_name, read_params, table_row
 from mlp_backprop.gradients import compute_grads, quietly
-from mlp_backprop.types import Array, Layer, Params
+from mlp_backprop.types import Array, Layer, Params, flat
 
 # The error of a correct gradient stays under these, with a wide margin; a derivative that is
 # wrong by a tenth of a percent does not.
 TOLERANCES = {"float64": 1e-6, "float32": 2e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
-# A step across a kink (relu) makes a difference wrong; a smaller one need not cross it. The
-# first is near the best for smooth functions, the cube root of the rounding unit.
+# A step across a kink (relu) makes a difference wrong; a smaller one need not cross it. The first
+# is near the best for smooth functions, the cube root of the rounding unit.
 STEPS = (6e-6, 6e-7, 6e-8)
 
 
@@ -46,8 +46,8 @@ def check_grads(
         Gradients to check, for someone who derived them by hand. None: those of
         `compute_grads` with the same arguments.
     against : str or sequence of str
-        "differences": central differences of the loss in float64; where two steps across a kink
-        disagree, the best of three steps counts. "torch": torch autograd in float64.
+        "differences": central differences of the loss in float64, the best of three steps, and
+        at a kink the one-sided ones. "torch": torch autograd in float64.
     tolerance : float, optional
         Largest relative error allowed. None: by the parameters' dtype, 1e-6 for float64, 2e-4
         for float32, 0.02 for float16, 0.1 for bfloat16.
@@ -87,10 +87,10 @@ def check_grads(
         "sample_weight": sample_weight,
         "backend": backend,
     }
-    references = [
-        table_row("reference", name, REFERENCES)
-        for name in ([against] if isinstance(against, str) else against)
-    ]
+    names = [against] if isinstance(against, str) else list(against)
+    references = [table_row("reference", name, REFERENCES) for name in names]
+    if not references:
+        raise ValueError(f"against names no reference; known: {', '.join(REFERENCES)}")
     problem = validation.problem(params, X, y, **options)
     if tolerance is None:
         tolerance = TOLERANCES[dtype_name(problem.spec.dtype)]
@@ -109,8 +109,10 @@ def check_grads(
 
 def _host_grads(grads: Params, problem: validation.Problem) -> list[Array]:
     """Gradients W_1, b_1, W_2, ... as float64 on the host, once they have the right shapes."""
-    got = [namespaces.to_numpy(g.xp, g.array).astype(float) for g in flat(read_params(grads))]
-    shapes, expected = [g.shape for g in got], [tuple(A.shape) for A in _flat(problem.params)]
+    got = [
+        namespaces.to_numpy(g.xp, g.array).astype(float) for g in flat(read_params(grads, "grads"))
+    ]
+    shapes, expected = [g.shape for g in got], [tuple(A.shape) for A in flat(problem.params)]
     if shapes != expected:
         raise ValueError(f"grads must have the shapes of the parameters, {expected}, got {shapes}")
     return got
@@ -121,8 +123,8 @@ def _on_host(problem: validation.Problem) -> validation.Problem:
     xp = problem.spec.xp
 
     def copy(array: Array) -> Array:
-        host = namespaces.to_numpy(xp, array)
-        return host if array.ndim == 1 and problem.y is array else np.array(host, dtype=float)
+        is_labels = array is problem.y and array.ndim == 1
+        return np.array(namespaces.to_numpy(xp, array), dtype=None if is_labels else float)
 
     return validation.Problem(
         spec=problem.spec._replace(xp=np, dtype=np.float64),
@@ -131,10 +133,6 @@ def _on_host(problem: validation.Problem) -> validation.Problem:
         y=copy(problem.y),
         weight=None if problem.weight is None else copy(problem.weight),
     )
-
-
-def _flat(params: list[Layer]) -> list[Array]:
-    return [array for layer in params for array in layer]
 
 
 def _sample_losses(host: validation.Problem) -> Array:
@@ -162,25 +160,29 @@ def _draw_entries(sizes: list[int], limit: int, rng: np.random.Generator) -> lis
 def _by_differences(
     host: validation.Problem, reduction: str, entries: list[Array], got: list[Array]
 ) -> list[Array]:
-    """Central differences at the entries; of several steps, the one nearest to what was got."""
+    """Differences at the entries; of several tries, the one nearest to what was got."""
     divisor = _divisor(host, reduction)
+    here = _sample_losses(host)
 
-    def difference(array: Array, index: int, step: float) -> float:
+    def tries(array: Array, index: int) -> Iterator[float]:
         kept = array.flat[index]
-        step *= max(1.0, abs(kept))
-        array.flat[index] = kept + step
-        above = _sample_losses(host)
-        array.flat[index] = kept - step
-        # Subtracted sample by sample: the sum of the losses has lost the digits already.
-        change = (above - _sample_losses(host)).sum()
-        array.flat[index] = kept
-        return float(change / (2 * step * divisor))
+        for relative_step in STEPS:
+            step = relative_step * max(1.0, abs(kept))
+            array.flat[index] = kept + step
+            above = _sample_losses(host)
+            array.flat[index] = kept - step
+            below = _sample_losses(host)
+            array.flat[index] = kept
+            # Subtracted sample by sample: the sum of the losses has lost the digits already.
+            yield (above - below).sum() / (2 * step * divisor)
+        # On a kink the derivative is that of one side.
+        yield (above - here).sum() / (step * divisor)
+        yield (here - below).sum() / (step * divisor)
 
     def nearest(array: Array, index: int, target: float) -> float:
-        tries = [difference(array, index, step) for step in STEPS]
-        return min(tries, key=lambda value: abs(value - target))
+        return min(tries(array, index), key=lambda value: abs(value - target))
 
-    arrays = _flat(host.params)
+    arrays = flat(host.params)
     return [
         np.array([nearest(A, i, g.flat[i]) for i in index])
         for A, index, g in zip(arrays, entries, got, strict=True)
@@ -199,7 +201,7 @@ def _by_torch(
     _, grads = torch_reference.loss_and_grads(
         params, X, y, weight, names=names, loss=spec.loss.name, reduction=reduction
     )
-    return [g.flat[index] for g, index in zip(_flat(grads), entries, strict=True)]
+    return [g.flat[index] for g, index in zip(flat(grads), entries, strict=True)]
 
 
 REFERENCES = {"differences": _by_differences, "torch": _by_torch}

@@ -123,27 +123,27 @@ def compute_grads(
         sample_weight=sample_weight,
         backend=backend,
     )
-    run = namespaces.plan(spec)
-    return _reduced(spec, run(layers, X, y, weight), reduction)
+    run = namespaces.plan(spec, X.shape[0], backend)
+    return reduced(spec, run(layers, X, y, weight), reduction)
 
 
-def _reduced(spec: backprop.Spec, sums: backprop.Sums, reduction: str) -> LossAndGrads:
+def reduced(spec: backprop.Spec, sums: backprop.Sums, reduction: str) -> LossAndGrads:
     """The one place where a sum becomes a mean."""
 
-    def mean(total: Array) -> Array:
-        return total / sums.weight if reduction == "mean" else total
-
+    # Dividing by 1 changes nothing, and makes arrays of the caller's own of an engine's sums.
+    divisor = sums.weight if reduction == "mean" else 1.0
     # A sum may leave the range of half precision, so its loss stays in the accumulator's dtype.
     is_half = backprop.accumulator_dtype(spec) != spec.dtype
-    loss = spec.xp.asarray(mean(sums.loss))
+    loss = spec.xp.asarray(sums.loss / divisor)
     loss = loss if is_half else _rounded(spec, loss)
-    grads = [Layer(_rounded(spec, mean(W)), _rounded(spec, mean(b))) for W, b in sums.grads]
+    grads = [Layer(_rounded(spec, W / divisor), _rounded(spec, b / divisor)) for W, b in sums.grads]
     return LossAndGrads(loss[()], grads)
 
 
 def _rounded(spec: backprop.Spec, accumulator: Array) -> Array:
     """From the accumulator's dtype to the parameters'."""
-    return spec.xp.astype(accumulator, spec.dtype, copy=False)
+    same = accumulator.dtype == spec.dtype
+    return accumulator if same else spec.xp.astype(accumulator, spec.dtype)
 
 
 @quietly

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlp_backprop import backprop
+from mlp_backprop.engines import numpy_tiles
 from mlp_backprop.types import Array, Namespace
 
 
@@ -189,9 +190,24 @@ def to_numpy(xp: Namespace, array: Array) -> Array:
     return row.to_numpy(array) if row else np.asarray(array)
 
 
-def outside_autograd(array: Array) -> Array:
-    """The same array outside any autograd graph: torch tensors are detached."""
-    return array.detach() if hasattr(array, "detach") else array
+def as_plain(array: Array) -> Array:
+    """The same numbers as an array to compute with.
+
+    torch tensors are detached from any graph; torch has hardly an operation for unsigned integers
+    of more than a byte, so those become int64.
+    """
+    if not hasattr(array, "detach"):
+        return array
+    array = array.detach()
+    return array.long() if str(array.dtype) in _BARE_INTEGERS else array
+
+
+_BARE_INTEGERS = {"torch.uint16", "torch.uint32", "torch.uint64"}
+
+
+def is_sparse(array: Array) -> bool:
+    """Whether a torch tensor is of a sparse layout."""
+    return str(getattr(array, "layout", "")).startswith("torch.sparse")
 
 
 def float64_is_off(xp: Namespace) -> bool:
@@ -199,6 +215,17 @@ def float64_is_off(xp: Namespace) -> bool:
     return library_name(xp) == "jax" and xp.zeros(0).dtype != xp.float64
 
 
-def plan(spec: backprop.Spec) -> backprop.Run:
-    """The engine for a problem: the derivation, where nothing faster covers it."""
+def is_writeable(xp: Namespace, array: Array) -> bool:
+    """Whether an array can be assigned to: JAX's never can."""
+    if xp is np:
+        return bool(array.flags.writeable)
+    return library_name(xp) != "jax"
+
+
+def plan(spec: backprop.Spec, n: int, backend: str | None) -> backprop.Run:
+    """The engine for a problem of up to n rows: the fastest that covers it, or the derivation."""
+    if spec.xp is np:
+        run = numpy_tiles.plan(spec, n)
+        if run is not None:
+            return run
     return backprop.plan(spec)

@@ -68,7 +68,8 @@ def loss_and_grads(
     activation per layer. Returns NumPy arrays, shaped as the parameters.
     """
     leaves = [tuple(torch.tensor(A, requires_grad=True) for A in layer) for layer in params]
-    values = sample_losses(leaves, torch.tensor(X), torch.tensor(y), names, loss)
+    targets = torch.tensor(y if y.ndim == 2 else y.astype("int64"))  # the only labels torch takes
+    values = sample_losses(leaves, torch.tensor(X), targets, names, loss)
     weights = torch.ones_like(values) if weight is None else torch.tensor(weight)
     total = (weights * values).sum()
     total = total / weights.sum() if reduction == "mean" else total

@@ -1,6 +1,6 @@
 """The words used in type hints, and Layer, the one type that parameters and gradients have."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 # An array of any library, and that library's Array API namespace: there is no common base class.
@@ -27,3 +27,8 @@ class Layer(NamedTuple):
 
 
 Params = Sequence[tuple[Array, Array]]
+
+
+def flat(layers: Iterable[tuple[Any, Any]]) -> list[Any]:
+    """W_1, b_1, W_2, b_2, ... in one list."""
+    return [part for layer in layers for part in layer]

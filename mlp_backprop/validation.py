@@ -13,18 +13,16 @@ from mlp_backprop.arguments import (
     check_same_dtype,
     common_dtype,
     common_home,
-    flat,
     read,
     read_params,
     table_row,
     type_name,
-    unknown,
 )
 from mlp_backprop.backprop import Activations, Spec
 from mlp_backprop.losses import LOSSES, Loss
-from mlp_backprop.types import Array, Layer, Namespace, Params
+from mlp_backprop.types import Array, Layer, Namespace, Params, flat
 
-REDUCTIONS = ("mean", "sum")
+REDUCTIONS = {"mean": "divided by the sum of the weights", "sum": "not divided"}
 
 
 class Network(NamedTuple):
@@ -72,10 +70,7 @@ def problem(
 ) -> Problem:
     """Check the arguments of a gradient."""
     layers = read_params(params)
-    rows = activation_rows(activation, len(layers))
-    loss_row = table_row("loss", loss, LOSSES)
-    check_output_activation(loss_row, rows)
-    check_reduction(reduction)
+    rows, loss_row = table_rows(len(layers), activation, loss, reduction)
     inputs, targets = read("X", X), read("y", y)
     weight = None if sample_weight is None else read("sample_weight", sample_weight)
 
@@ -97,6 +92,29 @@ def problem(
         y=home.place(targets, None if labels else dtype),
         weight=None if weight is None else home.place(weight, dtype),
     )
+
+
+def specification(
+    params: Params, *, activation: Any, loss: Any, reduction: Any, backend: str | None
+) -> Spec:
+    """Check what is known before data comes: the parameters and the names."""
+    layers = read_params(params)
+    rows, loss_row = table_rows(len(layers), activation, loss, reduction)
+    home = common_home(flat(layers), backend)
+    sizes = check_layer_shapes(layers)
+    placed = home.place_params(layers, common_dtype(layers, home))
+    return Spec(home.xp, sizes, placed[0].W.dtype, rows, loss_row)
+
+
+def table_rows(
+    n_layers: int, activation: Any, loss: Any, reduction: Any
+) -> tuple[Activations, Loss]:
+    """The rows that the names stand for."""
+    rows = activation_rows(activation, n_layers)
+    loss_row = table_row("loss", loss, LOSSES)
+    check_output_activation(loss_row, rows)
+    table_row("reduction", reduction, REDUCTIONS)
+    return rows, loss_row
 
 
 def activation_rows(activation: object, n_layers: int) -> Activations:
@@ -123,11 +141,6 @@ def check_output_activation(loss: Loss, activations: Activations) -> None:
             f"loss {loss.name!r} takes logits, so the output activation must be 'identity', got "
             f"{activations[-1].name!r}: the loss applies its own link"
         )
-
-
-def check_reduction(reduction: object) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(unknown("reduction", str(reduction), REDUCTIONS))
 
 
 def check_layer_shapes(layers: list[Layer]) -> tuple[int, ...]:
@@ -185,7 +198,7 @@ def check_target_shape(y: Argument, loss: Loss, n: int, width: int) -> bool:
     """Whether y holds class indices (n,), once its shape is seen to fit the outputs."""
     shape = tuple(y.array.shape)
     if loss.targets == "class" and shape == (n,):
-        if y.is_floating:
+        if y.is_floating and not (y.weak and n == 0):
             raise TypeError(
                 f"y has shape ({n},) and dtype {y.array.dtype}: class indices must "
                 f"be integers; weights per class have shape ({n}, {width})"
@@ -210,7 +223,7 @@ def _shape(argument: Argument) -> str:
 
 def check_target_values(y: Argument, loss: Loss, width: int) -> None:
     """Class indices below the width, probabilities between 0 and 1; nan passes."""
-    if loss.targets == "class" and y.array.ndim == 1:
+    if loss.targets == "class" and y.array.ndim == 1 and y.array.shape[0]:
         # A narrow integer type may not be able to hold the width it is compared with.
         limit = min(width - 1, y.xp.iinfo(y.array.dtype).max)
         _refuse(y, (y.array < 0) | (y.array > limit), f"class indices from 0 to {width - 1}")

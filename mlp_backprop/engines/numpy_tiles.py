@@ -1,0 +1,281 @@
+"""The NumPy engine: the derivation in tiles of rows, in place, on workspace that is kept.
+
+Inside a tile samples lie along the last axis, so that Z_l and H_l are (d_l, rows): the loops over
+activations run along memory, and thin matrix products are fast. Under a narrow H_l stands a row
+of ones, which folds the bias into both products:
+
+    Z_l = [W_l b_l] [H_{l-1}; 1]               [dE/dW_l dE/db_l] = D_l [H_{l-1}; 1]ᵀ
+
+A wide X is not copied into the tile: its products take views of it. schedule.py says how a
+problem is cut. Tiles are added up in float64, also for float32 data, and rounded once at the end.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from mlp_backprop.backprop import Run, Spec, Sums
+from mlp_backprop.engines import threads
+from mlp_backprop.engines.schedule import make_schedule
+from mlp_backprop.types import Array, DType, Layer
+
+
+class InPlace(NamedTuple):
+    """An activation without temporaries: H over Z, and D times f'(Z) from H alone."""
+
+    sign: int  # -1: f wants the weights, and so Z, negated
+    f: Callable[[Array, Array], None]  # Z, 1
+    times_df: Callable[[Array, Array, Array, Array], None]  # D, H, scratch, 1
+
+
+def _sigmoid(Z: Array, one: Array) -> None:
+    # Of -Z: 1 / (1 + exp(-z)). The exponential may overflow: 1 / inf is the right zero.
+    np.exp(Z, Z)
+    np.add(Z, one, Z)
+    np.reciprocal(Z, Z)
+
+
+def _times_sigmoid_df(D: Array, H: Array, scratch: Array, one: Array) -> None:
+    np.multiply(D, H, D)
+    np.multiply(D, H, scratch)
+    np.subtract(D, scratch, D)
+
+
+def _tanh(Z: Array, one: Array) -> None:
+    np.tanh(Z, Z)
+
+
+def _times_tanh_df(D: Array, H: Array, scratch: Array, one: Array) -> None:
+    np.multiply(H, H, scratch)
+    np.subtract(one, scratch, scratch)
+    np.multiply(D, scratch, D)
+
+
+def _relu(Z: Array, one: Array) -> None:
+    np.maximum(Z, 0, out=Z)
+
+
+def _times_relu_df(D: Array, H: Array, scratch: Array, one: Array) -> None:
+    np.greater(H, 0, scratch)
+    np.multiply(D, scratch, D)
+
+
+def _identity(Z: Array, one: Array) -> None:
+    pass
+
+
+def _times_identity_df(D: Array, H: Array, scratch: Array, one: Array) -> None:
+    pass
+
+
+IN_PLACE = {
+    "identity": InPlace(1, _identity, _times_identity_df),
+    "sigmoid": InPlace(-1, _sigmoid, _times_sigmoid_df),
+    "tanh": InPlace(1, _tanh, _times_tanh_df),
+    "relu": InPlace(1, _relu, _times_relu_df),
+}
+
+
+class Tile:
+    """Buffers for a number of rows, and the sums over them; lists are by layer, from 0.
+
+    Every buffer is contiguous, as the fastest matrix product (np.dot with `out`) demands.
+    """
+
+    def __init__(self, spec: Spec, rows: int, copies_X: bool) -> None:
+        sizes, dtype = spec.sizes, spec.dtype
+        stacked = [np.ones((size + 1, rows), dtype) for size in sizes[:-1]]
+        self.X = stacked[0][:-1] if copies_X else None
+        self.below = stacked  # [H_{l-1}; 1]
+        self.H = [H[:-1] for H in stacked[1:]] + [np.empty((sizes[-1], rows), dtype)]
+        # Formed in place, H_l lies where Z_l was; the table's f' needs both.
+        in_place = [row.name in IN_PLACE for row in spec.activations]
+        self.Z = [H if i else np.empty_like(H) for H, i in zip(self.H, in_place, strict=True)]
+        self.D = [np.empty((size, rows), dtype) for size in sizes[1:]]
+        self.scratch = [np.empty((size, rows), dtype) for size in sizes[1:]]
+        self.ones = np.ones(rows, dtype)
+        self.sums = _empty_sums(spec, copies_X)
+
+
+def _empty_sums(spec: Spec, copies_X: bool, dtype: DType = None) -> list[Array]:
+    """Room for the sums of every layer: [dE/dW_l dE/db_l], apart where X is not copied."""
+    dtype = dtype or spec.dtype
+    shapes: list[tuple[int, ...]] = [(b, a + 1) for a, b in pairwise(spec.sizes)]
+    if not copies_X:
+        n_out, n_in = spec.sizes[1], spec.sizes[0]
+        shapes[:1] = [(n_out, n_in), (n_out,)]
+    return [np.empty(shape, dtype) for shape in shapes]
+
+
+class TiledPass:
+    """A plan for up to n rows: the schedule, the packed parameters, a workspace per worker.
+
+    It belongs to one thread at a time, and the arrays of its sums to it, until its next run.
+    """
+
+    def __init__(self, spec: Spec, n: int) -> None:
+        self.spec = spec
+        self.schedule = make_schedule(spec, n, np.dtype(spec.dtype).itemsize)
+        self.rows = [IN_PLACE.get(row.name) for row in spec.activations]
+        self.packed = [np.empty((b, a + 1), spec.dtype) for a, b in pairwise(spec.sizes)]
+        self.one = np.ones((), spec.dtype)
+        self.is_plain_square = spec.loss.name == "squared_error"
+        self.tiles: list[dict[int, Tile]] = []
+        self.chunk_sums: list[list[Array]] = []
+        self.chunk_losses: list[float] = []
+
+    def __call__(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Sums:
+        """Loss, weights and gradients, summed over the rows of X."""
+        n = len(X)
+        weight_sum = float(n) if weight is None else float(weight.sum(dtype=np.float64))
+        if n == 0:
+            zeros = [Layer(np.zeros_like(W), np.zeros_like(b)) for W, b in params]
+            return Sums(0.0, weight_sum, zeros)
+        self._pack(params)
+        weights = [W for W, _ in params]
+        run = self._one_tile if n <= self.schedule.tile_rows else self._chunks
+        if self.schedule.holds_blas:
+            with threads.blas_on_one_thread():
+                loss, sums = run(weights, X, y, weight)
+        else:
+            loss, sums = run(weights, X, y, weight)
+        return Sums(loss, weight_sum, self._layers(sums))
+
+    def _pack(self, params: list[Layer]) -> None:
+        """[W_l b_l] in one array, negated where the activation wants -Z."""
+        for packed, (W, b), row in zip(self.packed, params, self.rows, strict=True):
+            if row is not None and row.sign < 0:
+                np.negative(W, packed[:, :-1])
+                np.negative(b, packed[:, -1])
+            else:
+                packed[:, :-1] = W
+                packed[:, -1] = b
+
+    def _layers(self, sums: list[Array]) -> list[Layer]:
+        apart = [] if self.schedule.copies_X else [Layer(*sums[:2])]
+        return apart + [Layer(G[:, :-1], G[:, -1]) for G in sums[2 * len(apart) :]]
+
+    def _one_tile(
+        self, weights: list[Array], X: Array, y: Array, weight: Array | None
+    ) -> tuple[float, list[Array]]:
+        tile = self._tile_of(0, len(X))
+        return self._run_tile(tile, weights, X, y, weight), tile.sums
+
+    def _chunks(
+        self, weights: list[Array], X: Array, y: Array, weight: Array | None
+    ) -> tuple[float, list[Array]]:
+        """Chunks in any order on any thread, each over its tiles; then added in their order."""
+        n, rows, chunk_rows = len(X), self.schedule.tile_rows, self.schedule.chunk_rows
+        n_chunks = -(-n // chunk_rows)
+        self._make_room(n_chunks)
+
+        @np.errstate(all="ignore")
+        def run_chunk(chunk: int, worker: int) -> None:
+            sums, loss = self.chunk_sums[chunk], 0.0
+            for total in sums:
+                total.fill(0)
+            first = chunk * chunk_rows
+            for start in range(first, min(first + chunk_rows, n), rows):
+                cut = slice(start, min(start + rows, n))
+                tile = self._tile_of(worker, cut.stop - cut.start)
+                tile_weight = None if weight is None else weight[cut]
+                loss += self._run_tile(tile, weights, X[cut], y[cut], tile_weight)
+                _add_all(sums, tile.sums)
+            self.chunk_losses[chunk] = loss
+
+        threads.run_chunks(run_chunk, n_chunks, self._worker_count())
+        for sums in self.chunk_sums[1:n_chunks]:
+            _add_all(self.chunk_sums[0], sums)
+        return sum(self.chunk_losses[:n_chunks]), self.chunk_sums[0]
+
+    def _make_room(self, n_chunks: int) -> None:
+        while len(self.chunk_sums) < n_chunks:
+            self.chunk_sums.append(_empty_sums(self.spec, self.schedule.copies_X, np.float64))
+            self.chunk_losses.append(0.0)
+
+    def _worker_count(self) -> int:
+        if not (self.schedule.tile_threads and threads.can_limit_blas()):
+            return 1
+        return threads.thread_count()
+
+    def _tile_of(self, worker: int, rows: int) -> Tile:
+        """A worker's tile: one of full length is kept, and the last shorter one."""
+        while len(self.tiles) <= worker:
+            self.tiles.append({})
+        tiles = self.tiles[worker]
+        if rows not in tiles:
+            if len(tiles) > 1:
+                tiles.popitem()
+            tiles[rows] = Tile(self.spec, rows, self.schedule.copies_X)
+        return tiles[rows]
+
+    def _run_tile(
+        self, tile: Tile, weights: list[Array], X: Array, y: Array, weight: Array | None
+    ) -> float:
+        """The loss of one tile; its gradients are left in tile.sums."""
+        if tile.X is not None:
+            tile.X[...] = X.T
+        self._forward(tile, X)
+        loss = self._loss(tile, y, weight)
+        self._backward(tile, weights, X)
+        return loss
+
+    def _forward(self, tile: Tile, X: Array) -> None:
+        for l, packed in enumerate(self.packed):
+            Z = tile.Z[l]
+            if l == 0 and tile.X is None:
+                np.dot(packed[:, :-1], X.T, Z)
+                np.add(Z, packed[:, -1:], Z)
+            else:
+                np.dot(packed, tile.below[l], Z)
+            row = self.rows[l]
+            if row is None:
+                tile.H[l][...] = self.spec.activations[l].f(np, Z)
+            else:
+                row.f(Z, self.one)
+
+    def _loss(self, tile: Tile, y: Array, weight: Array | None) -> float:
+        """The loss, with dE/dH_L left in D_L."""
+        H, D = tile.H[-1], tile.D[-1]
+        if self.is_plain_square and weight is None:
+            np.subtract(H, y.T, D)
+            loss = float(np.vdot(D, D))
+            np.add(D, D, D)
+            return loss
+        values, G = self.spec.loss.value_and_grad(np, H.T, y)
+        if weight is None:
+            D[...] = G.T
+        else:
+            np.multiply(G.T, weight, D)
+            values = values * weight
+        return float(values.sum(dtype=np.float64))
+
+    def _backward(self, tile: Tile, weights: list[Array], X: Array) -> None:
+        shift = 0 if self.schedule.copies_X else 1
+        for l in range(len(weights) - 1, -1, -1):
+            D, row = tile.D[l], self.rows[l]
+            if row is None:
+                np.multiply(D, self.spec.activations[l].df(np, tile.Z[l], tile.H[l]), D)
+            else:
+                row.times_df(D, tile.H[l], tile.scratch[l], self.one)
+            if l > 0 or tile.X is not None:
+                np.dot(D, tile.below[l].T, tile.sums[l + shift])
+            else:
+                np.dot(D, X, tile.sums[0])
+                np.dot(D, tile.ones, tile.sums[1])
+            if l > 0:
+                # With one output this product is an outer one, at which BLAS is slow.
+                multiply = np.multiply if len(D) == 1 else np.dot
+                multiply(weights[l].T, D, tile.D[l - 1])
+
+
+def _add_all(totals: list[Array], parts: list[Array]) -> None:
+    for total, part in zip(totals, parts, strict=True):
+        np.add(total, part, total)
+
+
+def plan(spec: Spec, n: int) -> Run | None:
+    """A tiled pass for up to n rows; None for what it does not cover, half precision."""
+    return TiledPass(spec, n) if np.dtype(spec.dtype).itemsize >= 4 else None

@@ -1,0 +1,137 @@
+"""Threads for engines that walk blocks of rows: one shared pool, and BLAS held to one thread.
+
+The work is cut into chunks by its shape alone; threads only decide who takes which chunk, so that
+no setting changes a bit of the result. The calling thread works too: calls from many threads at
+once make progress without waiting for the pool.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+# How many threads a call may use, its own included; read at every call.
+VARIABLE = "MLP_BACKPROP_NUM_THREADS"
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+
+
+def thread_count() -> int:
+    """The CPUs this process may use, or what the environment variable says."""
+    setting = os.environ.get(VARIABLE)
+    if setting is None:
+        return usable_cpus()
+    if not setting.isdecimal() or int(setting) < 1:
+        raise ValueError(f"{VARIABLE} must be a whole number from 1, got {setting!r}")
+    return int(setting)
+
+
+@cache
+def usable_cpus() -> int:
+    """The CPUs this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def run_chunks(task: Callable[[int, int], None], n_chunks: int, n_workers: int) -> None:
+    """Call task(chunk, worker) for every chunk; a worker is one thread at a time.
+
+    Returns when nothing runs any more, also after an exception or Ctrl-C: what a task writes to
+    is then no longer in use. An exception of any task is raised here.
+    """
+    waiting = deque(range(n_chunks))
+
+    def take() -> int | None:
+        try:
+            return waiting.popleft()
+        except IndexError:
+            return None
+
+    def work(worker: int) -> None:
+        try:
+            for chunk in iter(take, None):
+                task(chunk, worker)
+        except BaseException:
+            waiting.clear()  # nobody begins another
+            raise
+
+    futures: list[Future[None]] = []
+    try:
+        for worker in range(1, min(n_chunks, n_workers)):
+            futures.append(_shared_pool().submit(work, worker))
+        work(0)
+    finally:
+        errors = [future.exception() for future in futures if not future.cancel()]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _shared_pool() -> ThreadPoolExecutor:
+    global _pool
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(max(32, usable_cpus()), thread_name_prefix="mlp_backprop")
+        return _pool
+
+
+# The limit on BLAS is one for the process and counts who needs it: two callers that each set and
+# restored it could undo one another, or leave BLAS on one thread for good.
+_limit_users = 0
+_limit_restores: list[tuple[Any, int]] = []
+
+
+@contextmanager
+def blas_on_one_thread() -> Iterator[None]:
+    """Hold BLAS to one thread, as long as anybody needs it; without threadpoolctl, do nothing."""
+    global _limit_users
+    with _lock:
+        _limit_users += 1
+        if _limit_users == 1:
+            for library in _blas_libraries():
+                _limit_restores.append((library, library.get_num_threads()))
+                library.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _limit_users -= 1
+            if _limit_users == 0:
+                _restore_blas()
+
+
+def _restore_blas() -> None:
+    while _limit_restores:
+        library, n_threads = _limit_restores.pop()
+        library.set_num_threads(n_threads)
+
+
+@cache
+def _blas_libraries() -> list[Any]:
+    """threadpoolctl's handles on the BLAS libraries loaded; none if it is not installed."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return []
+    return list(ThreadpoolController().select(user_api="blas").lib_controllers)
+
+
+def can_limit_blas() -> bool:
+    """Whether threads over blocks of rows are possible: only where BLAS can be held."""
+    return bool(_blas_libraries())
+
+
+def _after_fork() -> None:
+    """A forked child has none of its parent's threads, and no caller inside the limit."""
+    global _lock, _pool, _limit_users
+    _lock, _pool, _limit_users = threading.Lock(), None, 0
+    _restore_blas()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

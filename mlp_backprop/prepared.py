@@ -1,0 +1,168 @@
+"""The prepared call: everything that shapes decide is done once, and then only the arithmetic."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mlp_backprop import namespaces, validation
+from mlp_backprop.arguments import Argument, dtype_name, read_params
+from mlp_backprop.backprop import Spec
+from mlp_backprop.gradients import LossAndGrads, quietly, reduced
+from mlp_backprop.types import Array, Layer, Params, flat
+
+
+def prepare_grads(
+    params: Params,
+    *,
+    n: int,
+    activation: str | Sequence[str] = "sigmoid",
+    loss: str = "squared_error",
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> "PreparedGrads":
+    """Prepare `compute_grads` for many calls with nets and batches of the same shapes.
+
+    Parameters
+    ----------
+    params : sequence of (W, b)
+        Any parameters of the shapes, dtype and library to come; the values do not matter.
+    n : int
+        The most rows that a batch will have.
+    activation, loss, reduction, backend
+        As for `compute_grads`.
+
+    Returns
+    -------
+    PreparedGrads
+        A function `grad_fn(params, X, y, sample_weight=None, *, out=None)` -> (loss, grads), with
+        the answers of `compute_grads`, for 0 to n rows and any parameters of these shapes. It
+        keeps its workspace, so one thread at a time may call it; prepare one for each thread.
+
+        The results are fresh arrays, the caller's to keep. With `out`, a list of (W, b) to write
+        to, the gradients are written there and `out` is returned in their place.
+
+    Raises
+    ------
+    ValueError, TypeError, ImportError
+        As `compute_grads`, now and in every call: wrong shapes and values are still refused.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mlp_backprop import init_params, prepare_grads
+    >>> params = init_params([2, 10, 5, 1], rng=0)
+    >>> grad_fn = prepare_grads(params, n=32)
+    >>> X, y = np.ones((32, 2)), np.zeros((32, 1))
+    >>> loss, grads = grad_fn(params, X, y)
+    >>> loss, grads = grad_fn(params, X[:20], y[:20])
+    """
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0:
+        raise ValueError(f"n must be an integer, 0 or more: the most rows of a batch; got {n!r}")
+    options: dict[str, Any] = {
+        "activation": activation,
+        "loss": loss,
+        "reduction": reduction,
+        "backend": backend,
+    }
+    return PreparedGrads(validation.specification(params, **options), int(n), options)
+
+
+class PreparedGrads:
+    """What `prepare_grads` returns: a plan, and the checks that a call still needs."""
+
+    def __init__(self, spec: Spec, n: int, options: dict[str, Any]) -> None:
+        self._spec, self._n, self._options = spec, n, options
+        self._run = namespaces.plan(spec, n, options["backend"])
+        self._shapes = [((n_out, n_in), (n_out,)) for n_in, n_out in pairwise(spec.sizes)]
+
+    @quietly
+    def __call__(
+        self,
+        params: Params,
+        X: Array,
+        y: Array,
+        sample_weight: Array | None = None,
+        *,
+        out: Params | None = None,
+    ) -> LossAndGrads:
+        """Loss and gradients, as `compute_grads` gives them."""
+        reduction = self._options["reduction"]
+        if self._fits(params, X, y, sample_weight):
+            layers: Any = params
+            self._check_values(X, y, sample_weight)
+        else:
+            layers, X, y, sample_weight = self._checked(params, X, y, sample_weight)
+        if X.shape[0] > self._n:
+            raise ValueError(f"prepared for up to {self._n} rows, X has {X.shape[0]}")
+        if out is not None:
+            self._check_out(out)
+        sums = self._run(layers, X, y, sample_weight)
+        loss, grads = reduced(self._spec, sums, reduction)
+        return LossAndGrads(loss, grads if out is None else _written(grads, out))
+
+    def _fits(self, params: Any, X: Any, y: Any, weight: Any) -> bool:
+        """Whether all are NumPy arrays of the right shapes and dtype, as they mostly are."""
+        dtype, sizes = self._spec.dtype, self._spec.sizes
+        if self._spec.xp is not np or type(X) is not np.ndarray or type(params) is not list:
+            return False
+
+        def fits(array: Any, shape: tuple[int, ...]) -> bool:
+            return type(array) is np.ndarray and array.shape == shape and array.dtype == dtype
+
+        n = len(X)
+        return (
+            fits(X, (n, sizes[0]))
+            and (fits(y, (n, sizes[-1])) or self._are_labels(y, n))
+            and (weight is None or fits(weight, (n,)))
+            and len(params) == len(self._shapes)
+            and all(
+                len(layer) == 2 and fits(layer[0], shapes[0]) and fits(layer[1], shapes[1])
+                for layer, shapes in zip(params, self._shapes, strict=True)
+            )
+        )
+
+    def _are_labels(self, y: Any, n: int) -> bool:
+        is_integer = type(y) is np.ndarray and y.dtype.kind in "iu" and y.dtype.isnative
+        return self._spec.loss.targets == "class" and is_integer and y.shape == (n,)
+
+    def _check_values(self, X: Array, y: Array, weight: Array | None) -> None:
+        loss = self._spec.loss
+        if loss.targets != "real":
+            validation.check_target_values(Argument("y", y, np), loss, self._spec.sizes[-1])
+        weights = None if weight is None else Argument("sample_weight", weight, np)
+        validation.check_weights(weights, len(X), self._options["reduction"])
+
+    def _checked(self, *arrays: Any) -> tuple[list[Layer], Array, Array, Array | None]:
+        """The arguments after all the checks and conversions of `compute_grads`."""
+        params, X, y, weight = arrays
+        spec, *placed = validation.problem(params, X, y, sample_weight=weight, **self._options)
+        if spec != self._spec:
+            raise ValueError(
+                f"prepared for {_described(self._spec)}; the arguments are {_described(spec)}"
+            )
+        return tuple(placed)
+
+    def _check_out(self, out: Params) -> None:
+        """Nothing is computed for an `out` that cannot take it."""
+        targets = flat(read_params(out, "out"))
+        shapes = [shape for layer in self._shapes for shape in layer]
+        if [tuple(a.array.shape) for a in targets] != shapes or any(
+            a.xp is not self._spec.xp or a.array.dtype != self._spec.dtype for a in targets
+        ):
+            raise ValueError(f"out must be a list of (W, b), {_described(self._spec)}")
+        if not all(namespaces.is_writeable(a.xp, a.array) for a in targets):
+            raise ValueError("out holds arrays that cannot be written to")
+
+
+def _written(grads: list[Layer], out: Params) -> list[Layer]:
+    for layer, targets in zip(grads, out, strict=True):
+        for grad, target in zip(layer, targets, strict=True):
+            namespaces.as_plain(target)[...] = grad
+    return [Layer(W, b) for W, b in out]
+
+
+def _described(spec: Spec) -> str:
+    library, dtype = namespaces.library_name(spec.xp), dtype_name(spec.dtype)
+    return f"{library} arrays of {dtype} for widths {'-'.join(map(str, spec.sizes))}"

@@ -1,0 +1,59 @@
+"""The list of array libraries on which the tests run, and the way to put no engine on any.
+
+A test that takes `backend` runs once per library, so it is written once, in NumPy: it makes its
+arrays with `backend.array` and reads results with `backend.numpy`.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from mlp_backprop import backprop, namespaces
+
+# JAX reads this when it is imported: without it, it has no float64.
+os.environ["JAX_ENABLE_X64"] = "1"
+
+
+class Backend(NamedTuple):
+    """One array library: NumPy array to its own, and back to a NumPy copy."""
+
+    name: str
+    array: Callable[[np.ndarray], Any]
+    numpy: Callable[[Any], np.ndarray]
+
+
+BACKENDS = {
+    "numpy": ("array", np.array),
+    "torch": ("tensor", lambda tensor: tensor.numpy(force=True).copy()),
+    "jax": ("numpy.array", np.array),
+    "array_api_strict": ("asarray", np.array),
+    "cupy": ("array", lambda array: array.get()),
+}
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.gpu] * (name == "cupy")) for name in BACKENDS]
+)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Every array library in turn; one that is missing is skipped, with the reason."""
+    name = request.param
+    array, numpy = BACKENDS[name]
+    try:
+        if name in namespaces.BACKENDS:
+            namespaces.namespace(name)  # for CuPy, this asks for a device as well
+        library = importlib.import_module(name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    for attribute in array.split("."):
+        library = getattr(library, attribute)
+    return Backend(name, library, numpy)
+
+
+@pytest.fixture
+def derivation_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For mutants of the derivation and its tables: no faster engine may stand in for them."""
+    monkeypatch.setattr(namespaces, "plan", lambda spec, *_: backprop.plan(spec))
