@@ -8,6 +8,7 @@ hide a mistake or lose digits.
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -209,7 +210,14 @@ def _named_namespace(strong: list[Argument], backend: object) -> Namespace:
 
 def dtype_name(dtype: DType) -> str:
     """'float32' for numpy.dtype('float32'), torch.float32 and so on."""
-    return str(dtype).rpartition(".")[2]
+    return (
+        _numpy_dtype_name(dtype) if isinstance(dtype, np.dtype) else str(dtype).rpartition(".")[2]
+    )
+
+
+@cache  # NumPy makes the name anew each time, in as long as the rest of a check takes
+def _numpy_dtype_name(dtype: np.dtype[Any]) -> str:
+    return dtype.name
 
 
 def common_dtype(layers: list[Layer], home: Home) -> str:

@@ -22,7 +22,7 @@ against it. Lists are indexed by the layer: Z[l], H[l], with Z[0] = H[0] = X.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlp_backprop.activations import Activation
 from mlp_backprop.losses import Loss
@@ -48,8 +48,17 @@ class Sums(NamedTuple):
     weight: Array | float
     grads: list[Layer]
 
+    def divided(self, xp: Namespace, divisor: Array | float, dtype: DType) -> list[Layer]:
+        """The gradients over a divisor, which may be 1, as arrays of their own of this dtype."""
 
-Run = Callable[[list[Layer], Array, Array, Array | None], Sums]
+        def divide(total: Array) -> Array:
+            quotient = total / divisor
+            return quotient if quotient.dtype == dtype else xp.astype(quotient, dtype)
+
+        return [Layer(divide(W), divide(b)) for W, b in self.grads]
+
+
+Run = Callable[[list[Layer], Array, Array, Array | None], Any]  # Sums, or what has its parts
 
 
 def forward(

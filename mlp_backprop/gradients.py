@@ -129,21 +129,10 @@ def compute_grads(
 
 def reduced(spec: backprop.Spec, sums: backprop.Sums, reduction: str) -> LossAndGrads:
     """The one place where a sum becomes a mean."""
-
-    # Dividing by 1 changes nothing, and makes arrays of the caller's own of an engine's sums.
     divisor = sums.weight if reduction == "mean" else 1.0
     # A sum may leave the range of half precision, so its loss stays in the accumulator's dtype.
-    is_half = backprop.accumulator_dtype(spec) != spec.dtype
-    loss = spec.xp.asarray(sums.loss / divisor)
-    loss = loss if is_half else _rounded(spec, loss)
-    grads = [Layer(_rounded(spec, W / divisor), _rounded(spec, b / divisor)) for W, b in sums.grads]
-    return LossAndGrads(loss[()], grads)
-
-
-def _rounded(spec: backprop.Spec, accumulator: Array) -> Array:
-    """From the accumulator's dtype to the parameters'."""
-    same = accumulator.dtype == spec.dtype
-    return accumulator if same else spec.xp.astype(accumulator, spec.dtype)
+    loss = spec.xp.asarray(sums.loss / divisor, dtype=backprop.accumulator_dtype(spec))
+    return LossAndGrads(loss[()], sums.divided(spec.xp, divisor, spec.dtype))
 
 
 @quietly
@@ -224,4 +213,5 @@ def trace(
     deltas = dict(backprop.backward(spec.xp, spec.activations, layers, Z, H, G))
     D = [deltas[1] @ layers[0].W, *(deltas[l] for l in range(1, len(Z)))]
     sums = [backprop.layer_grad_sums(spec, D[l], H[l - 1]) for l in range(1, len(Z))]
-    return Trace(Z, H, D, values, [Layer(*(_rounded(spec, g) for g in layer)) for layer in sums])
+    grads = backprop.Sums(values, 1.0, sums).divided(spec.xp, 1.0, spec.dtype)
+    return Trace(Z, H, D, values, grads)

@@ -12,6 +12,8 @@ from mlp_backprop.backprop import Spec
 from mlp_backprop.gradients import LossAndGrads, quietly, reduced
 from mlp_backprop.types import Array, Layer, Params, flat
 
+_NDARRAY = {np.ndarray}
+
 
 def prepare_grads(
     params: Params,
@@ -75,7 +77,7 @@ class PreparedGrads:
     def __init__(self, spec: Spec, n: int, options: dict[str, Any]) -> None:
         self._spec, self._n, self._options = spec, n, options
         self._run = namespaces.plan(spec, n, options["backend"])
-        self._shapes = [((n_out, n_in), (n_out,)) for n_in, n_out in pairwise(spec.sizes)]
+        self._shapes = flat(((n_out, n_in), (n_out,)) for n_in, n_out in pairwise(spec.sizes))
 
     @quietly
     def __call__(
@@ -103,29 +105,40 @@ class PreparedGrads:
         return LossAndGrads(loss, grads if out is None else _written(grads, out))
 
     def _fits(self, params: Any, X: Any, y: Any, weight: Any) -> bool:
-        """Whether all are NumPy arrays of the right shapes and dtype, as they mostly are."""
-        dtype, sizes = self._spec.dtype, self._spec.sizes
+        """Whether all are NumPy arrays of the right shapes and dtype, as they mostly are.
+
+        Everything else, right or wrong, is for the full checks. This one is on the way of every
+        small call, so it is written to be fast.
+        """
         if self._spec.xp is not np or type(X) is not np.ndarray or type(params) is not list:
             return False
-
-        def fits(array: Any, shape: tuple[int, ...]) -> bool:
-            return type(array) is np.ndarray and array.shape == shape and array.dtype == dtype
-
-        n = len(X)
+        rows, sizes = X.shape[:1], self._spec.sizes
+        arrays, shapes = [X], [(*rows, sizes[0])]
+        for layer in params:
+            if not isinstance(layer, tuple):
+                return False
+            arrays += layer
+        shapes += self._shapes
+        if not self._are_labels(y, rows):
+            arrays.append(y)
+            shapes.append((*rows, sizes[-1]))
+        if weight is not None:
+            arrays.append(weight)
+            shapes.append(rows)
         return (
-            fits(X, (n, sizes[0]))
-            and (fits(y, (n, sizes[-1])) or self._are_labels(y, n))
-            and (weight is None or fits(weight, (n,)))
-            and len(params) == len(self._shapes)
-            and all(
-                len(layer) == 2 and fits(layer[0], shapes[0]) and fits(layer[1], shapes[1])
-                for layer, shapes in zip(params, self._shapes, strict=True)
-            )
+            set(map(type, arrays)) == _NDARRAY
+            and [array.shape for array in arrays] == shapes
+            and [array.dtype for array in arrays] == [self._spec.dtype] * len(arrays)
         )
 
-    def _are_labels(self, y: Any, n: int) -> bool:
-        is_integer = type(y) is np.ndarray and y.dtype.kind in "iu" and y.dtype.isnative
-        return self._spec.loss.targets == "class" and is_integer and y.shape == (n,)
+    def _are_labels(self, y: Any, rows: tuple[int, ...]) -> bool:
+        return (
+            self._spec.loss.targets == "class"
+            and type(y) is np.ndarray
+            and y.shape == rows
+            and y.dtype.kind in "iu"
+            and y.dtype.isnative
+        )
 
     def _check_values(self, X: Array, y: Array, weight: Array | None) -> None:
         loss = self._spec.loss
@@ -147,9 +160,9 @@ class PreparedGrads:
     def _check_out(self, out: Params) -> None:
         """Nothing is computed for an `out` that cannot take it."""
         targets = flat(read_params(out, "out"))
-        shapes = [shape for layer in self._shapes for shape in layer]
-        if [tuple(a.array.shape) for a in targets] != shapes or any(
-            a.xp is not self._spec.xp or a.array.dtype != self._spec.dtype for a in targets
+        if [tuple(a.array.shape) for a in targets] != self._shapes or any(
+            a.weak or a.xp is not self._spec.xp or a.array.dtype != self._spec.dtype
+            for a in targets
         ):
             raise ValueError(f"out must be a list of (W, b), {_described(self._spec)}")
         if not all(namespaces.is_writeable(a.xp, a.array) for a in targets):

@@ -38,9 +38,9 @@ def _sigmoid(Z: Array, one: Array) -> None:
 
 
 def _times_sigmoid_df(D: Array, H: Array, scratch: Array, one: Array) -> None:
-    np.multiply(D, H, D)
-    np.multiply(D, H, scratch)
-    np.subtract(D, scratch, D)
+    np.subtract(one, H, scratch)
+    np.multiply(scratch, H, scratch)
+    np.multiply(D, scratch, D)
 
 
 def _tanh(Z: Array, one: Array) -> None:
@@ -96,17 +96,28 @@ class Tile:
         self.D = [np.empty((size, rows), dtype) for size in sizes[1:]]
         self.scratch = [np.empty((size, rows), dtype) for size in sizes[1:]]
         self.ones = np.ones(rows, dtype)
-        self.sums = _empty_sums(spec, copies_X)
+        self.sums = GradSums(spec, copies_X, dtype)
 
 
-def _empty_sums(spec: Spec, copies_X: bool, dtype: DType = None) -> list[Array]:
-    """Room for the sums of every layer: [dE/dW_l dE/db_l], apart where X is not copied."""
-    dtype = dtype or spec.dtype
-    shapes: list[tuple[int, ...]] = [(b, a + 1) for a, b in pairwise(spec.sizes)]
-    if not copies_X:
-        n_out, n_in = spec.sizes[1], spec.sizes[0]
-        shapes[:1] = [(n_out, n_in), (n_out,)]
-    return [np.empty(shape, dtype) for shape in shapes]
+class GradSums:
+    """Room for sums of gradients: [dE/dW_l dE/db_l] by layer, apart where X is not copied."""
+
+    def __init__(self, spec: Spec, copies_X: bool, dtype: DType) -> None:
+        stacked = [np.empty((b, a + 1), dtype) for a, b in pairwise(spec.sizes)]
+        self.layers = [Layer(G[:, :-1], G[:, -1]) for G in stacked]
+        self.arrays = stacked
+        if not copies_X:
+            first = Layer(np.empty(spec.sizes[1::-1], dtype), np.empty(spec.sizes[1], dtype))
+            self.layers[0] = first
+            self.arrays = [*first, *stacked[1:]]
+
+    def add(self, other: "GradSums") -> None:
+        for total, part in zip(self.arrays, other.arrays, strict=True):
+            np.add(total, part, total)
+
+    def clear(self) -> None:
+        for total in self.arrays:
+            total.fill(0)
 
 
 class TiledPass:
@@ -120,10 +131,11 @@ class TiledPass:
         self.schedule = make_schedule(spec, n, np.dtype(spec.dtype).itemsize)
         self.rows = [IN_PLACE.get(row.name) for row in spec.activations]
         self.packed = [np.empty((b, a + 1), spec.dtype) for a, b in pairwise(spec.sizes)]
+        self.packed_parts = [Layer(P[:, :-1], P[:, -1]) for P in self.packed]
         self.one = np.ones((), spec.dtype)
         self.is_plain_square = spec.loss.name == "squared_error"
         self.tiles: list[dict[int, Tile]] = []
-        self.chunk_sums: list[list[Array]] = []
+        self.chunk_sums: list[GradSums] = []
         self.chunk_losses: list[float] = []
 
     def __call__(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Sums:
@@ -141,31 +153,26 @@ class TiledPass:
                 loss, sums = run(weights, X, y, weight)
         else:
             loss, sums = run(weights, X, y, weight)
-        return Sums(loss, weight_sum, self._layers(sums))
+        return Sums(loss, weight_sum, sums.layers)
 
     def _pack(self, params: list[Layer]) -> None:
         """[W_l b_l] in one array, negated where the activation wants -Z."""
-        for packed, (W, b), row in zip(self.packed, params, self.rows, strict=True):
-            if row is not None and row.sign < 0:
-                np.negative(W, packed[:, :-1])
-                np.negative(b, packed[:, -1])
-            else:
-                packed[:, :-1] = W
-                packed[:, -1] = b
-
-    def _layers(self, sums: list[Array]) -> list[Layer]:
-        apart = [] if self.schedule.copies_X else [Layer(*sums[:2])]
-        return apart + [Layer(G[:, :-1], G[:, -1]) for G in sums[2 * len(apart) :]]
+        for (W_packed, b_packed), (W, b), row in zip(
+            self.packed_parts, params, self.rows, strict=True
+        ):
+            copy = np.negative if row is not None and row.sign < 0 else np.positive
+            copy(W, W_packed)
+            copy(b, b_packed)
 
     def _one_tile(
         self, weights: list[Array], X: Array, y: Array, weight: Array | None
-    ) -> tuple[float, list[Array]]:
+    ) -> tuple[float, GradSums]:
         tile = self._tile_of(0, len(X))
         return self._run_tile(tile, weights, X, y, weight), tile.sums
 
     def _chunks(
         self, weights: list[Array], X: Array, y: Array, weight: Array | None
-    ) -> tuple[float, list[Array]]:
+    ) -> tuple[float, GradSums]:
         """Chunks in any order on any thread, each over its tiles; then added in their order."""
         n, rows, chunk_rows = len(X), self.schedule.tile_rows, self.schedule.chunk_rows
         n_chunks = -(-n // chunk_rows)
@@ -174,25 +181,24 @@ class TiledPass:
         @np.errstate(all="ignore")
         def run_chunk(chunk: int, worker: int) -> None:
             sums, loss = self.chunk_sums[chunk], 0.0
-            for total in sums:
-                total.fill(0)
+            sums.clear()
             first = chunk * chunk_rows
             for start in range(first, min(first + chunk_rows, n), rows):
                 cut = slice(start, min(start + rows, n))
                 tile = self._tile_of(worker, cut.stop - cut.start)
                 tile_weight = None if weight is None else weight[cut]
                 loss += self._run_tile(tile, weights, X[cut], y[cut], tile_weight)
-                _add_all(sums, tile.sums)
+                sums.add(tile.sums)
             self.chunk_losses[chunk] = loss
 
         threads.run_chunks(run_chunk, n_chunks, self._worker_count())
         for sums in self.chunk_sums[1:n_chunks]:
-            _add_all(self.chunk_sums[0], sums)
+            self.chunk_sums[0].add(sums)
         return sum(self.chunk_losses[:n_chunks]), self.chunk_sums[0]
 
     def _make_room(self, n_chunks: int) -> None:
         while len(self.chunk_sums) < n_chunks:
-            self.chunk_sums.append(_empty_sums(self.spec, self.schedule.copies_X, np.float64))
+            self.chunk_sums.append(GradSums(self.spec, self.schedule.copies_X, np.float64))
             self.chunk_losses.append(0.0)
 
     def _worker_count(self) -> int:
@@ -253,7 +259,8 @@ class TiledPass:
         return float(values.sum(dtype=np.float64))
 
     def _backward(self, tile: Tile, weights: list[Array], X: Array) -> None:
-        shift = 0 if self.schedule.copies_X else 1
+        sums = tile.sums.arrays
+        shift = len(sums) - len(weights)  # those of layer 1 are two where X is not copied
         for l in range(len(weights) - 1, -1, -1):
             D, row = tile.D[l], self.rows[l]
             if row is None:
@@ -261,19 +268,14 @@ class TiledPass:
             else:
                 row.times_df(D, tile.H[l], tile.scratch[l], self.one)
             if l > 0 or tile.X is not None:
-                np.dot(D, tile.below[l].T, tile.sums[l + shift])
+                np.dot(D, tile.below[l].T, sums[l + shift])
             else:
-                np.dot(D, X, tile.sums[0])
-                np.dot(D, tile.ones, tile.sums[1])
+                np.dot(D, X, sums[0])
+                np.dot(D, tile.ones, sums[1])
             if l > 0:
                 # With one output this product is an outer one, at which BLAS is slow.
                 multiply = np.multiply if len(D) == 1 else np.dot
                 multiply(weights[l].T, D, tile.D[l - 1])
-
-
-def _add_all(totals: list[Array], parts: list[Array]) -> None:
-    for total, part in zip(totals, parts, strict=True):
-        np.add(total, part, total)
 
 
 def plan(spec: Spec, n: int) -> Run | None:

@@ -32,8 +32,9 @@ SECONDS_PER_FLOP = 2e-11
 SECONDS_PER_ELEMENT = 4e-9
 
 
-# A product of fewer multiply-adds than this is run by one thread in every BLAS.
-SMALLEST_DIVIDED_PRODUCT = 1 << 15
+# No BLAS divides a product of so few multiply-adds among threads. (OpenBLAS divides a matrix times
+# a vector from 9 216, a dot product from 10 000.)
+SMALLEST_DIVIDED_PRODUCT = 1 << 13
 
 
 class Schedule(NamedTuple):
@@ -49,7 +50,7 @@ class Schedule(NamedTuple):
 def make_schedule(spec: Spec, n: int, itemsize: int) -> Schedule:
     """Choose the cut for up to n rows of a net."""
     sizes = spec.sizes
-    products = [a * b for a, b in pairwise(sizes)]
+    products = [(a + 1) * b for a, b in pairwise(sizes)]
     wide = sum(products) > WIDE_PARAMETERS
     tile_rows = WIDE_TILE_ROWS if wide else _narrow_tile_rows(sizes, itemsize)
     tile_rows = max(1, min(tile_rows, n))

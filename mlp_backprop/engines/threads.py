@@ -9,9 +9,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 # How many threads a call may use, its own included; read at every call.
@@ -66,10 +66,24 @@ def run_chunks(task: Callable[[int, int], None], n_chunks: int, n_workers: int) 
             futures.append(_shared_pool().submit(work, worker))
         work(0)
     finally:
-        errors = [future.exception() for future in futures if not future.cancel()]
-    for error in errors:
-        if error is not None:
-            raise error
+        waiting.clear()
+        started = [future for future in futures if not future.cancel()]
+        _to_the_end(lambda: wait(started))
+    for future in started:
+        future.result()
+
+
+def _to_the_end(step: Callable[[], object]) -> None:
+    """Repeat a step until it has ended; Ctrl-C meanwhile is raised after that."""
+    interrupt = None
+    while True:
+        try:
+            step()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _shared_pool() -> ThreadPoolExecutor:
@@ -80,35 +94,47 @@ def _shared_pool() -> ThreadPoolExecutor:
         return _pool
 
 
-# The limit on BLAS is one for the process and counts who needs it: two callers that each set and
+# The limit on BLAS is one for the process and knows who needs it: two callers that each set and
 # restored it could undo one another, or leave BLAS on one thread for good.
-_limit_users = 0
-_limit_restores: list[tuple[Any, int]] = []
+_limit_users: set[object] = set()
+_limits_before: dict[Any, int] = {}
 
 
 @contextmanager
 def blas_on_one_thread() -> Iterator[None]:
     """Hold BLAS to one thread, as long as anybody needs it; without threadpoolctl, do nothing."""
-    global _limit_users
-    with _lock:
-        _limit_users += 1
-        if _limit_users == 1:
-            for library in _blas_libraries():
-                _limit_restores.append((library, library.get_num_threads()))
-                library.set_num_threads(1)
+    user = object()
     try:
+        with _lock:
+            _limit_users.add(user)
+            for library in _blas_libraries():
+                _limits_before.setdefault(library, library.get_num_threads())
+                _set_blas_threads(library, 1)
         yield
     finally:
-        with _lock:
-            _limit_users -= 1
-            if _limit_users == 0:
-                _restore_blas()
+        _to_the_end(partial(_leave_limit, user))
+
+
+def _leave_limit(user: object) -> None:
+    with _lock:
+        _limit_users.discard(user)
+        if not _limit_users:
+            _restore_blas()
 
 
 def _restore_blas() -> None:
-    while _limit_restores:
-        library, n_threads = _limit_restores.pop()
-        library.set_num_threads(n_threads)
+    for library, n_threads in _limits_before.items():
+        _set_blas_threads(library, n_threads)
+    _limits_before.clear()
+
+
+def _set_blas_threads(library: Any, n_threads: int) -> None:
+    # From 3.8 on threadpoolctl heeds, without a word, only the first thread that sets OpenBLAS,
+    # until it lets go. Here any thread may set it: one after the other, by the lock.
+    let_go = getattr(library, "clear_controlling_thread", lambda force: None)
+    let_go(force=True)
+    library.set_num_threads(n_threads)
+    let_go(force=True)
 
 
 @cache
@@ -128,8 +154,9 @@ def can_limit_blas() -> bool:
 
 def _after_fork() -> None:
     """A forked child has none of its parent's threads, and no caller inside the limit."""
-    global _lock, _pool, _limit_users
-    _lock, _pool, _limit_users = threading.Lock(), None, 0
+    global _lock, _pool
+    _lock, _pool = threading.Lock(), None
+    _limit_users.clear()
     _restore_blas()
 
 
