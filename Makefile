@@ -3,21 +3,28 @@
 #   make verify    create .venv, install, and compare the gradients with PyTorch's
 #   make test      install and run every test
 #   make lint      format, lint and type checks
+#   make bench     the benchmarks, under fifteen minutes; bench-quick, bench-full
 #   make clean     remove .venv and caches
 #
 # PYTHON is the interpreter that creates .venv.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
-SOURCES = mlp_backprop tests
+SOURCES = mlp_backprop tests benchmarks
 
-.PHONY: verify test lint clean
+.PHONY: verify test lint bench bench-quick bench-full clean
 
 verify: .venv/installed-verify
 	.venv/bin/python -m mlp_backprop verify
 
-test: .venv/installed-test
+test: .venv/installed-test bench-quick
 	.venv/bin/python -m pytest
+
+# The results of bench-quick show that the benchmarks run, not how fast anything is.
+bench-quick bench bench-full: .venv/installed-test
+	mkdir -p build
+	.venv/bin/python -m mlp_backprop bench --json build/$@.json \
+		--selection $(or $(patsubst bench-%,%,$(filter-out bench,$@)),default)
 
 lint: .venv/installed-lint
 	.venv/bin/ruff format --check $(SOURCES)
@@ -25,7 +32,7 @@ lint: .venv/installed-lint
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'

@@ -1,13 +1,15 @@
 """The program `mlp-backprop`, also `python -m mlp_backprop`: arguments in, exit status out.
 
-What is computed is in verification.py and environment.py, what is shown in report.py, which is
-imported only to show something: --json works without rich.
+What is computed is in verification.py, environment.py and bench.py, what is shown in report.py,
+which is imported only to show something: --json works without rich.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,13 +26,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    show = _print_json if options.json else _rich_show()
-    if options.command == "info":
-        show(environment())
-        return 0
+    return int(COMMANDS[options.command](options))
+
+
+def _info(options: argparse.Namespace) -> int:
+    show = _print_json if options.json else _report().show
+    show(environment())
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    show = _print_json if options.json else _report().show
     result = verify(options.seed)
     show(result)
     return 0 if result.passed else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """Measure, and show; the file and the charts are written as far as it came."""
+    from mlp_backprop.bench import main_grid
+
+    report = _report()
+    draw = _charts() if options.plot else None
+    if options.json is not None:
+        options.json.touch()  # a folder that is not there is found out before, not after
+    with report.progress() as progress:
+        results = main_grid(options.selection, path=options.json, progress=progress)
+    report.show_benchmarks(results)
+    if draw is not None:
+        draw(results, options.plot)
+    if not results["complete"]:
+        sys.stderr.write("mlp-backprop: interrupted; what was measured is kept\n")
+        return 130
+    return 1 if any(cell["failed"] for cell in results["cells"]) else 0
+
+
+COMMANDS = {"bench": _bench, "info": _info, "verify": _verify}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,6 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     summary = "show versions, BLAS, CPUs and the backends usable here"
     command = commands.add_parser("info", help=summary, description=summary)
     command.add_argument("--json", action="store_true", help="print JSON")
+
+    summary = "time the gradients against torch, JAX and others, answers checked first"
+    command = commands.add_parser("bench", help=summary, description=summary)
+    command.add_argument(
+        "--selection",
+        choices=("quick", "default", "full"),
+        default="default",
+        help="under a minute; under fifteen minutes (default); all of the grid",
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    command.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the charts here")
     return parser
 
 
@@ -60,12 +102,22 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _rich_show() -> Callable[[Any], None]:
+def _report() -> ModuleType:
     try:
-        from mlp_backprop.report import show
+        import mlp_backprop.report as report
     except ImportError as error:
         sys.exit(f"mlp-backprop: needs rich ({error}): pip install 'mlp-backprop[cli]'; or --json")
-    return show
+    return report
+
+
+def _charts() -> Callable[[Any, Path], Any]:
+    try:
+        from mlp_backprop.bench_charts import draw
+    except ImportError as error:
+        sys.exit(
+            f"mlp-backprop: --plot needs matplotlib ({error}): pip install 'mlp-backprop[bench]'"
+        )
+    return draw
 
 
 def _print_json(result: Any) -> None:

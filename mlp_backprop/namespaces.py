@@ -61,6 +61,15 @@ BACKENDS = {
             devices=lambda numpy: ["cpu"],
         ),
         Backend(
+            name="numba",  # NumPy's arrays, with a compiled engine
+            module="numpy",
+            extra="numba",
+            cast=_ASTYPE,
+            copy="{array}",
+            to_numpy=np.asarray,
+            devices=lambda numba: ["cpu"],
+        ),
+        Backend(
             name="cupy",
             module="array_api_compat.cupy",
             extra="cuda12 or cuda13",
@@ -223,9 +232,12 @@ def is_writeable(xp: Namespace, array: Array) -> bool:
 
 
 def plan(spec: backprop.Spec, n: int, backend: str | None) -> backprop.Run:
-    """The engine for a problem of up to n rows: the fastest that covers it, or the derivation."""
-    if spec.xp is np:
+    """The engine for a problem of up to n rows: the first that covers it, or the derivation."""
+    run = None
+    if backend == "numba":
+        from mlp_backprop.engines import numba_engine
+
+        run = numba_engine.plan(spec, n)
+    if run is None and spec.xp is np:
         run = numpy_tiles.plan(spec, n)
-        if run is not None:
-            return run
-    return backprop.plan(spec)
+    return run or backprop.plan(spec)

@@ -4,15 +4,26 @@ Laid out for 80 columns; a wider terminal shows more entries beside one another.
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from mlp_backprop import verification
+from mlp_backprop.bench_results import (
+    Results,
+    missing_table,
+    ratios_table,
+    summary_table,
+    times_table,
+)
+from mlp_backprop.bench_results import Table as Texts
 from mlp_backprop.environment import Environment
 from mlp_backprop.verification import Comparison, Verification, Worked
 
@@ -181,6 +192,43 @@ def _show_environment(console: Console, result: Environment) -> None:
         note = ", ".join(backend.devices) if backend.usable else backend.reason
         table.add_row(backend.name, backend.version or "", note)
     console.print(table)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar for work in cells: call what it yields with (done, total, what comes now)."""
+    columns = (
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    # Drawn between cells only: a thread that redraws would be timed with them.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def advance(done: int, total: int, description: str) -> None:
+            bar.update(task, completed=done, total=total, description=description, refresh=True)
+
+        yield advance
+
+
+def show_benchmarks(results: Results) -> None:
+    """The times, how many times faster than torch that is, the targets, and who is missing."""
+    console = Console(markup=False, emoji=False, highlight=False)
+    for dtype in ("float32", "float64"):
+        _show_texts(console, f"Microseconds per call, {dtype}", times_table(results, dtype))
+        _show_texts(console, f"Times faster than torch, {dtype}", ratios_table(results, dtype))
+    _show_texts(console, "Targets", summary_table(results))
+    _show_texts(console, "Left out", missing_table(results))
+
+
+def _show_texts(console: Console, title: str, texts: Texts) -> None:
+    console.rule(title, align="left", style="dim")
+    table = _table(*texts.head)
+    for row in texts.rows:
+        table.add_row(*row)
+    console.print(table, "", sep="\n")
 
 
 def _table(

@@ -203,7 +203,7 @@ def test_info_as_json(capsys, no_rich):
     assert content["cpus"] >= 1
     assert content["blas"]["name"]
     backends = {backend["name"]: backend for backend in content["backends"]}
-    assert list(backends) == ["numpy", "cupy", "torch", "jax"]
+    assert list(backends) == ["numpy", "numba", "cupy", "torch", "jax"]
     assert backends["numpy"]["devices"] == ["cpu"]
     assert all(backend["usable"] == (backend["reason"] is None) for backend in backends.values())
 

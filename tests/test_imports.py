@@ -25,9 +25,18 @@ IMPORTS = {
     "engines": ("", ""),
     "engines.schedule": ("backprop", ""),
     "engines.threads": ("", "threadpoolctl"),
+    "engines.numba_formulas": ("activations", "numba numpy"),
+    "engines.numba_kernels": ("engines.numba_formulas types", "numba numpy"),
+    "engines.numba_engine": (
+        "backprop engines.numba_formulas engines.numba_kernels engines.threads types",
+        "numba numpy",
+    ),
     "engines.numpy_tiles": ("backprop engines.schedule engines.threads types", "numpy"),
     # Libraries and arguments.
-    "namespaces": ("backprop engines.numpy_tiles types", "array_api_compat numpy"),
+    "namespaces": (
+        "backprop engines.numba_engine engines.numpy_tiles types",
+        "array_api_compat numpy",
+    ),
     "arguments": ("namespaces types", "numpy"),
     "validation": ("activations arguments backprop losses types", ""),
     # Public functions.
@@ -40,26 +49,42 @@ IMPORTS = {
         "numpy",
     ),
     "mlp_backprop": ("checking gradients namespaces parameters prepared types", ""),
+    # Benchmarks.
+    "environment": ("mlp_backprop engines.threads namespaces", "numpy threadpoolctl"),
+    "bench_memory": ("", ""),
+    "bench_contenders": (
+        "backprop gradients mlp_backprop torch_reference types validation",
+        "autograd jax numpy sklearn torch",
+    ),
+    "bench_results": ("bench_contenders bench_memory engines.threads environment", ""),
+    "bench_charts": ("bench_results", "matplotlib"),
+    "bench": (
+        "arguments backprop bench_contenders bench_memory bench_results gradients parameters "
+        "types validation",
+        "numpy",
+    ),
     # Command line.
     "verification": (
         "checking gradients namespaces parameters torch_reference types",
         "numpy sklearn",
     ),
-    "environment": ("mlp_backprop engines.threads namespaces", "numpy threadpoolctl"),
-    "report": ("environment verification", "numpy rich"),
-    "cli": ("mlp_backprop environment report verification", "numpy"),
+    "report": ("bench_results environment verification", "numpy rich"),
+    "cli": ("bench bench_charts mlp_backprop environment report verification", "numpy"),
     "__main__": ("cli", ""),
 }
 
 # Where an optional library is imported. Those without a file are loaded by name, in namespaces.
 ONLY_IN = {
     "array_api_compat": {"namespaces"},
+    "autograd": {"bench_contenders"},
     "cupy": set(),
-    "jax": set(),
+    "jax": {"bench_contenders"},
+    "matplotlib": {"bench_charts"},
+    "numba": {"engines.numba_engine", "engines.numba_formulas", "engines.numba_kernels"},
     "rich": {"report"},
-    "sklearn": {"verification"},
+    "sklearn": {"bench_contenders", "verification"},
     "threadpoolctl": {"engines.threads", "environment"},
-    "torch": {"torch_reference"},
+    "torch": {"bench_contenders", "torch_reference"},
 }
 
 

@@ -29,7 +29,7 @@ def library_of(array):
 
 def test_every_backend_has_a_status():
     status = {row.name: row for row in backends()}
-    assert list(status) == ["numpy", "cupy", "torch", "jax"]
+    assert list(status) == ["numpy", "numba", "cupy", "torch", "jax"]
     assert status["numpy"] == ("numpy", True, np.__version__, ["cpu"], None)
     for row in status.values():
         assert row.usable == (row.reason is None) == bool(row.devices)

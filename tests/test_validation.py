@@ -205,7 +205,7 @@ REFUSED = {
     "backend misspelt": (
         {"backend": "touch"},
         ValueError,
-        "unknown backend 'touch'; known: numpy, cupy, torch, jax; did you mean 'torch'",
+        "unknown backend 'touch'; known: numpy, numba, cupy, torch, jax; did you mean 'torch'",
     ),
     "backend a module": ({"backend": np}, TypeError, r"backend must be a name \(str\), got module"),
     **{

@@ -1,0 +1,64 @@
+"""From benchmark results to the documentation: charts in docs/images, tables in benchmarks.md.
+
+    python benchmarks/report.py results.json
+
+A table stands between the markers <!-- results:NAME --> and <!-- /results -->; what is between
+them is replaced, and no figure on the page is written by hand.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlp_backprop import bench_charts, bench_results
+from mlp_backprop.bench_results import Results, Table
+
+DOCS = Path(__file__).parents[1] / "docs"
+MARKED = re.compile(r"(?<=<!-- results:)([\w-]+) -->\n.*?(?=<!-- /results -->)", re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the charts and fill in the page."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("results", type=Path, help="a JSON file of `mlp-backprop bench`")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of benchmarks.md")
+    options = parser.parse_args(arguments)
+    results = bench_results.load(options.results)
+    page = options.docs / "benchmarks.md"
+    page.write_text(filled(page.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")
+    bench_charts.draw(results, options.docs / "images")
+
+
+def tables(results: Results) -> dict[str, Table]:
+    """Every table of the page, by the name in its marker."""
+    by_dtype = {
+        "times": bench_results.times_table,
+        "ratios": bench_results.ratios_table,
+        "errors": bench_results.errors_table,
+    }
+    return {
+        "targets": bench_results.summary_table(results),
+        "memory": bench_results.memory_table(results),
+        "missing": bench_results.missing_table(results),
+        "surroundings": bench_results.surroundings_table(results),
+    } | {
+        f"{name}-{dtype}": table(results, dtype)
+        for name, table in by_dtype.items()
+        for dtype in ("float32", "float64")
+    }
+
+
+def filled(page: str, by_name: dict[str, Table]) -> str:
+    """The page with its tables; a marker without a table is a KeyError."""
+    return MARKED.sub(lambda found: f"{found[1]} -->\n{markdown(by_name[found[1]])}", page)
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, the first column to the left, the others to the right."""
+    lines = [table.head, ["---", *["---:"] * (len(table.head) - 1)], *table.rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '∣') for cell in line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The engine for narrow nets on NumPy arrays: one compiled pass, numba_kernels.py.
+
+The rows are cut into chunks by their number and the net alone, every chunk has its own sums, and
+these are added up in the order of the chunks: the number of threads changes no bit of the result.
+"""
+
+import math
+import time
+import zlib
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit, types
+
+from mlp_backprop import backprop
+from mlp_backprop.engines import numba_formulas as formulas
+from mlp_backprop.engines import numba_kernels as kernels
+from mlp_backprop.engines import threads
+from mlp_backprop.types import Array, DType, Layer, Namespace
+
+# Beyond this width the products are better left to BLAS.
+WIDEST = 64
+
+# The cost model, in operations: one product, or a tenth of an activation. A core does 10 to 20 of
+# them in a nanosecond, and waking a thread takes up to 300 us: so one thread and a single chunk up
+# to about a millisecond of work, then chunks of at least 100 us, which take 5 us to hand out.
+ACTIVATION_OPERATIONS = 10
+THREAD_OPERATIONS = 10_000_000
+CHUNK_OPERATIONS = 2_000_000
+MOST_CHUNKS = 64
+
+NO_CLASSES = np.empty(0, np.int64)
+
+
+def plan(spec: backprop.Spec, n: int) -> backprop.Run | None:
+    """Keep the compiled pass, parameters and tiles at hand; None for nets it is not made for."""
+    dtype = np.dtype(spec.dtype)
+    if dtype not in (np.float32, np.float64) or max(spec.sizes) > WIDEST:
+        return None
+    return Pass(spec, dtype)
+
+
+class Pass:
+    """The run of a plan, with its workspace: for one thread at a time."""
+
+    def __init__(self, spec: backprop.Spec, dtype: np.dtype[Any]) -> None:
+        self.kernel = compiled_pass(dtype)
+        names = [row.name for row in spec.activations]
+        self.layers, n_rows = kernels.layout(spec.sizes, names)
+        self.loss = kernels.LOSSES.index(spec.loss.name)
+        self.n_classes = spec.sizes[-1]
+        self.tiles = [np.empty(n_rows * kernels.STRIDE, dtype)]  # one per thread
+        self.no_targets, self.no_weight = np.empty((0, 0), dtype), np.empty(0, dtype)
+        self.slices: list[tuple[slice, tuple[int, int], slice]] = []  # of W, its shape, of b
+        end = 0
+        for n_in, n_out in pairwise(spec.sizes):
+            start, middle, end = end, end + n_out * n_in, end + n_out * n_in + n_out
+            self.slices.append((slice(start, middle), (n_out, n_in), slice(middle, end)))
+        self.params = np.empty(end, dtype)
+        self.params_by_layer = self.by_layer(self.params)
+        self.operations = 3 * end + ACTIVATION_OPERATIONS * sum(spec.sizes[1:])
+
+    def __call__(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> "FlatSums":
+        """The seam of engines; the sums are the caller's own."""
+        for (W, b), own in zip(params, self.params_by_layer, strict=True):
+            own.W[...], own.b[...] = W, b
+        if weight is None:
+            weight = self.no_weight
+        n_chunks, n_rows = self.chunks(len(X))
+        if n_chunks == 1:
+            sums = np.empty(len(self.params) + 2)
+            self.sum_rows(X, y, weight, self.tiles[0], sums)
+        else:
+            sums = self.sum_chunks(X, y, weight, n_chunks, n_rows)
+        return FlatSums(sums[-2], sums[-1], sums, self.by_layer)
+
+    def by_layer(self, flat: Array) -> list[Layer]:
+        """Views of an array that begins as `params` does."""
+        return [Layer(flat[W].reshape(shape), flat[b]) for W, shape, b in self.slices]
+
+    def chunks(self, n: int) -> tuple[int, int]:
+        """How many chunks n rows make, and of how many rows: whole tiles."""
+        operations = n * self.operations
+        if operations < THREAD_OPERATIONS:
+            return 1, n
+        n_chunks = min(MOST_CHUNKS, operations // CHUNK_OPERATIONS)
+        n_rows = math.ceil(n / (n_chunks * kernels.TILE)) * kernels.TILE
+        return math.ceil(n / n_rows), n_rows
+
+    def sum_chunks(self, X: Array, y: Array, weight: Array, n_chunks: int, n_rows: int) -> Array:
+        """Share the chunks out to threads, and add up their sums in order."""
+        sums = np.empty((n_chunks, len(self.params) + 2))
+        n_workers = min(threads.thread_count(), n_chunks)
+        while len(self.tiles) < n_workers:
+            self.tiles.append(np.empty_like(self.tiles[0]))
+
+        def task(chunk: int, worker: int) -> None:
+            rows = slice(chunk * n_rows, (chunk + 1) * n_rows)
+            self.sum_rows(X[rows], y[rows], weight[rows], self.tiles[worker], sums[chunk])
+
+        threads.run_chunks(task, n_chunks, n_workers)
+        return sums.sum(axis=0)
+
+    def sum_rows(self, X: Array, y: Array, weight: Array, tile: Array, sums: Array) -> None:
+        """One chunk on one thread, into `sums`; the interpreter lock is released meanwhile."""
+        if y.ndim == 1:
+            Y, classes = self.no_targets, y.astype(np.int64, copy=False)
+        else:
+            Y, classes = y, NO_CLASSES
+        known = self.kernel(X, Y, classes, weight, self.layers, self.loss, self.params, tile, sums)
+        if not known:
+            raise ValueError(f"y must hold class indices from 0 to {self.n_classes - 1}")
+
+
+class FlatSums(NamedTuple):
+    """As backprop.Sums, with all gradients in one array: small nets are divided in one step."""
+
+    loss: Array
+    weight: Array
+    flat: Array
+    by_layer: Callable[[Array], list[Layer]]
+
+    @property
+    def grads(self) -> list[Layer]:
+        return self.by_layer(self.flat)
+
+    def divided(self, xp: Namespace, divisor: Array | float, dtype: DType) -> list[Layer]:
+        """The gradients over a divisor, as views of one array of this dtype."""
+        return self.by_layer((self.flat / divisor).astype(dtype, copy=False))
+
+
+# Compilation -------------------------------------------------------------------------------------
+
+_compile_seconds = 0.0
+_cache_directory: str | None = None
+
+
+class CompileInfo(NamedTuple):
+    """What `compile_info` returns."""
+
+    seconds: float
+    cache_directory: str | None
+
+
+def compile_info() -> CompileInfo:
+    """Seconds spent compiling in this process, 0 if all came from the cache, and where that is.
+
+    Before the first plan there is no directory yet; without one, nothing is kept on disk.
+    """
+    return CompileInfo(_compile_seconds, _cache_directory)
+
+
+@cache
+def compiled_pass(dtype: np.dtype[Any]) -> Any:
+    """The pass for one dtype and any strides, from Numba's cache or compiled now: seconds."""
+    global _compile_seconds, _cache_directory
+    sources = version_of_sources()
+
+    def loss_and_grad_sums(  # type: ignore[no-untyped-def]  # Numba has its types from `signature`
+        X, Y, classes, weight, layers, loss, params, tile, sums
+    ):
+        _ = sources  # now a part of the key in the cache, which by itself looks at this file alone
+        return kernels.loss_and_grad_sums(X, Y, classes, weight, layers, loss, params, tile, sums)
+
+    compiled = partial(njit, signature(dtype), nogil=True, **formulas.OPTIONS)
+    started = time.perf_counter()
+    try:
+        kernel = compiled(cache=True)(loss_and_grad_sums)
+    except RuntimeError:  # Numba finds no directory that it may write to
+        kernel = compiled()(loss_and_grad_sums)
+    if not kernel.stats.cache_hits:
+        _compile_seconds += time.perf_counter() - started
+    _cache_directory = kernel.stats.cache_path
+    return kernel
+
+
+def version_of_sources() -> int:
+    """A checksum of the files that are compiled."""
+    files = (formulas.__file__, kernels.__file__)
+    return zlib.crc32(b"".join(Path(file).read_bytes() for file in files))
+
+
+def signature(dtype: np.dtype[Any]) -> Any:
+    real = types.float32 if dtype == np.float32 else types.float64
+
+    def data(element: Any, ndim: int) -> Any:
+        return types.Array(element, ndim, "A", readonly=True)
+
+    own = types.Array(real, 1, "C")
+    return types.boolean(
+        data(real, 2),
+        data(real, 2),
+        data(types.int64, 1),
+        data(real, 1),
+        types.Array(types.int64, 2, "C"),
+        types.int64,
+        own,
+        own,
+        types.Array(types.float64, 1, "C"),
+    )
