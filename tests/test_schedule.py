@@ -8,8 +8,8 @@ import pytest
 from mlp_backprop import init_params, validation
 from mlp_backprop.engines import schedule, threads
 
-NARROW = [(1, 1), (2, 10, 5, 1), (8, 32, 32, 1), (64, 64, 64, 1), (784, 128, 64, 10), (3, 200, 2)]
-WIDE = [(784, 1024, 1024, 10), (4096, 512), (1, 2000, 2000, 1)]
+NARROW = [(1, 1), (2, 10, 5, 1), (8, 32, 32, 1), (64, 64, 64, 1), (3, 200, 2)]
+WIDE = [(784, 128, 64, 10), (784, 1024, 1024, 10), (4096, 512), (1, 2000, 2000, 1)]
 ROWS = [0, 1, 2, 255, 1024, 1025, 100_000, 1_000_000, 10_000_000]
 
 
@@ -49,6 +49,15 @@ def test_narrow_nets_share_out_many_rows(sizes):
     cut = schedule.make_schedule(spec_of(sizes), 1_000_000, 4)
     assert cut.tile_threads
     assert cut.chunk_rows < 1_000_000
+
+
+def test_products_worth_sharing_are_left_to_blas_while_a_pass_is_short():
+    short = schedule.make_schedule(spec_of((64, 64, 64, 1)), 1024, 4)
+    assert not short.holds_blas
+    assert not short.tile_threads
+    long = schedule.make_schedule(spec_of((64, 64, 64, 1)), 100_000, 4)
+    assert long.holds_blas
+    assert long.tile_threads
 
 
 def test_few_rows_wake_no_thread():

@@ -86,38 +86,45 @@ class Tile:
 
     def __init__(self, spec: Spec, rows: int, copies_X: bool) -> None:
         sizes, dtype = spec.sizes, spec.dtype
-        stacked = [np.ones((size + 1, rows), dtype) for size in sizes[:-1]]
-        self.X = stacked[0][:-1] if copies_X else None
-        self.below = stacked  # [H_{l-1}; 1]
-        self.H = [H[:-1] for H in stacked[1:]] + [np.empty((sizes[-1], rows), dtype)]
+        n_below = (sizes[0] if copies_X else 0, *sizes[1:-1])
+        self.below = [np.ones((size + 1, rows), dtype) for size in n_below]  # [H_{l-1}; 1]
+        self.X = self.below[0][:-1] if copies_X else None
+        self.ones = self.below[0][-1]
+        self.H = [H[:-1] for H in self.below[1:]] + [np.empty((sizes[-1], rows), dtype)]
         # Formed in place, H_l lies where Z_l was; the table's f' needs both.
         in_place = [row.name in IN_PLACE for row in spec.activations]
         self.Z = [H if i else np.empty_like(H) for H, i in zip(self.H, in_place, strict=True)]
         self.D = [np.empty((size, rows), dtype) for size in sizes[1:]]
         self.scratch = [np.empty((size, rows), dtype) for size in sizes[1:]]
-        self.ones = np.ones(rows, dtype)
-        self.sums = GradSums(spec, copies_X, dtype)
+        self.sums = Stacks(spec, copies_X, dtype)
 
 
-class GradSums:
-    """Room for sums of gradients: [dE/dW_l dE/db_l] by layer, apart where X is not copied."""
+class Stacks:
+    """Room for [W_l b_l] of every layer, or for their gradients: as products take and give them.
+
+    Where X is not copied, and so has no row of ones, b_1 lies apart.
+    """
 
     def __init__(self, spec: Spec, copies_X: bool, dtype: DType) -> None:
-        stacked = [np.empty((b, a + 1), dtype) for a, b in pairwise(spec.sizes)]
-        self.layers = [Layer(G[:, :-1], G[:, -1]) for G in stacked]
-        self.arrays = stacked
+        self.arrays = [np.empty((b, a + 1), dtype) for a, b in pairwise(spec.sizes)]
+        self.layers = [Layer(A[:, :-1], A[:, -1]) for A in self.arrays]
         if not copies_X:
-            first = Layer(np.empty(spec.sizes[1::-1], dtype), np.empty(spec.sizes[1], dtype))
-            self.layers[0] = first
-            self.arrays = [*first, *stacked[1:]]
+            n_in, n_out = spec.sizes[:2]
+            self.arrays[0] = np.empty((n_out, n_in), dtype)
+            self.layers[0] = Layer(self.arrays[0], np.empty(n_out, dtype))
 
-    def add(self, other: "GradSums") -> None:
-        for total, part in zip(self.arrays, other.arrays, strict=True):
-            np.add(total, part, total)
+    def add(self, other: "Stacks") -> None:
+        for (W, b), (_, db), A, dA in zip(
+            self.layers, other.layers, self.arrays, other.arrays, strict=True
+        ):
+            np.add(A, dA, A)
+            if W is A:
+                np.add(b, db, b)
 
     def clear(self) -> None:
-        for total in self.arrays:
-            total.fill(0)
+        for W, b in self.layers:
+            W.fill(0)
+            b.fill(0)
 
 
 class TiledPass:
@@ -130,12 +137,11 @@ class TiledPass:
         self.spec = spec
         self.schedule = make_schedule(spec, n, np.dtype(spec.dtype).itemsize)
         self.rows = [IN_PLACE.get(row.name) for row in spec.activations]
-        self.packed = [np.empty((b, a + 1), spec.dtype) for a, b in pairwise(spec.sizes)]
-        self.packed_parts = [Layer(P[:, :-1], P[:, -1]) for P in self.packed]
+        self.packed = Stacks(spec, self.schedule.copies_X, spec.dtype)
         self.one = np.ones((), spec.dtype)
         self.is_plain_square = spec.loss.name == "squared_error"
         self.tiles: list[dict[int, Tile]] = []
-        self.chunk_sums: list[GradSums] = []
+        self.chunk_sums: list[Stacks] = []
         self.chunk_losses: list[float] = []
 
     def __call__(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Sums:
@@ -158,7 +164,7 @@ class TiledPass:
     def _pack(self, params: list[Layer]) -> None:
         """[W_l b_l] in one array, negated where the activation wants -Z."""
         for (W_packed, b_packed), (W, b), row in zip(
-            self.packed_parts, params, self.rows, strict=True
+            self.packed.layers, params, self.rows, strict=True
         ):
             copy = np.negative if row is not None and row.sign < 0 else np.positive
             copy(W, W_packed)
@@ -166,13 +172,13 @@ class TiledPass:
 
     def _one_tile(
         self, weights: list[Array], X: Array, y: Array, weight: Array | None
-    ) -> tuple[float, GradSums]:
+    ) -> tuple[float, Stacks]:
         tile = self._tile_of(0, len(X))
         return self._run_tile(tile, weights, X, y, weight), tile.sums
 
     def _chunks(
         self, weights: list[Array], X: Array, y: Array, weight: Array | None
-    ) -> tuple[float, GradSums]:
+    ) -> tuple[float, Stacks]:
         """Chunks in any order on any thread, each over its tiles; then added in their order."""
         n, rows, chunk_rows = len(X), self.schedule.tile_rows, self.schedule.chunk_rows
         n_chunks = -(-n // chunk_rows)
@@ -198,7 +204,7 @@ class TiledPass:
 
     def _make_room(self, n_chunks: int) -> None:
         while len(self.chunk_sums) < n_chunks:
-            self.chunk_sums.append(GradSums(self.spec, self.schedule.copies_X, np.float64))
+            self.chunk_sums.append(Stacks(self.spec, self.schedule.copies_X, np.float64))
             self.chunk_losses.append(0.0)
 
     def _worker_count(self) -> int:
@@ -229,11 +235,11 @@ class TiledPass:
         return loss
 
     def _forward(self, tile: Tile, X: Array) -> None:
-        for l, packed in enumerate(self.packed):
+        for l, packed in enumerate(self.packed.arrays):
             Z = tile.Z[l]
             if l == 0 and tile.X is None:
-                np.dot(packed[:, :-1], X.T, Z)
-                np.add(Z, packed[:, -1:], Z)
+                np.dot(packed, X.T, Z)
+                np.add(Z, self.packed.layers[0].b[:, None], Z)
             else:
                 np.dot(packed, tile.below[l], Z)
             row = self.rows[l]
@@ -260,7 +266,6 @@ class TiledPass:
 
     def _backward(self, tile: Tile, weights: list[Array], X: Array) -> None:
         sums = tile.sums.arrays
-        shift = len(sums) - len(weights)  # those of layer 1 are two where X is not copied
         for l in range(len(weights) - 1, -1, -1):
             D, row = tile.D[l], self.rows[l]
             if row is None:
@@ -268,10 +273,10 @@ class TiledPass:
             else:
                 row.times_df(D, tile.H[l], tile.scratch[l], self.one)
             if l > 0 or tile.X is not None:
-                np.dot(D, tile.below[l].T, sums[l + shift])
+                np.dot(D, tile.below[l].T, sums[l])
             else:
                 np.dot(D, X, sums[0])
-                np.dot(D, tile.ones, sums[1])
+                np.dot(D, tile.ones, tile.sums.layers[0].b)
             if l > 0:
                 # With one output this product is an outer one, at which BLAS is slow.
                 multiply = np.multiply if len(D) == 1 else np.dot

@@ -1,7 +1,8 @@
 """How the NumPy engine cuts a problem: rows per tile, tiles per chunk, threads over tiles or BLAS.
 
 One small cost model, decided once per shape. It never looks at how many threads there are: the
-cut decides the bits of the result, threads only the time.
+cut decides the bits of the result, threads only the time. The constants were measured on two
+cores with OpenBLAS; none of them is critical, neighbouring values cost a few per cent.
 """
 
 from itertools import pairwise
@@ -9,28 +10,33 @@ from typing import NamedTuple
 
 from mlp_backprop.backprop import Spec
 
-# A copy of a narrow X into the tile costs less than what folding its bias into the products
-# saves; from this many columns on, products take views of X. (Measured at 2, 8, 16, 64, 784.)
+# A copy of a narrow X into the tile costs less than folding its bias into the products saves; from
+# this many columns on, products take views of X. (Measured at 2, 8, 16, 64, 784.)
 VIEW_WIDTH = 16
 
-# Above this many parameters, float64 sums per chunk would cost more than threads over tiles win:
-# one chunk then, and BLAS uses its own threads inside each product.
-WIDE_PARAMETERS = 1 << 18
+# From this many weights on, BLAS is better at sharing out its products than threads are at sharing
+# out tiles (64-64-64-1 lies below, 128-128-128-10 above). So it is with narrower nets while a pass
+# is short, if the products of a tile are of a size to be shared.
+WIDE_WEIGHTS = 1 << 14
+SHORT_PASS = 1e-2
+SHARED_PRODUCT = 1 << 21
 
-# Narrow tiles stay in the second-level cache; wide ones are long enough for BLAS to be busy.
-TILE_BYTES = 384 * 1024
-TILE_ROWS = (256, 2048)
-WIDE_TILE_ROWS = 1024
+# Python spends some microseconds around each of the thirty calls for a tile, and holds other
+# threads up meanwhile; so tiles are long, as long as their buffers still fit the caches.
+TILE_BYTES = 3 << 20
+TILE_ROWS = (512, 8192)
+WIDE_TILE_BYTES = 16 << 20
+WIDE_TILE_ROWS = (1024, 4096)
 
-# Chunks are what threads share out: enough to balance, few enough for their sums to be small.
+# Threads share out chunks: many enough to balance, few enough for their sums to be small.
+TILES_TO_SHARE = 16
 MAX_CHUNKS = 32
-CHUNK_BYTES = 16 * 1024 * 1024
+CHUNK_BYTES = 16 << 20
 
 # A thread takes 50 to 300 us to wake up: below this estimate of the time, none is woken.
 WORTH_THREADS = 2e-3
 SECONDS_PER_FLOP = 2e-11
 SECONDS_PER_ELEMENT = 4e-9
-
 
 # No BLAS divides a product of so few multiply-adds among threads. (OpenBLAS divides a matrix times
 # a vector from 9 216, a dot product from 10 000.)
@@ -51,23 +57,33 @@ def make_schedule(spec: Spec, n: int, itemsize: int) -> Schedule:
     """Choose the cut for up to n rows of a net."""
     sizes = spec.sizes
     products = [(a + 1) * b for a, b in pairwise(sizes)]
-    wide = sum(products) > WIDE_PARAMETERS
-    tile_rows = WIDE_TILE_ROWS if wide else _narrow_tile_rows(sizes, itemsize)
-    tile_rows = max(1, min(tile_rows, n))
-    n_tiles = max(1, -(-n // tile_rows))
+    wide = sum(products) > WIDE_WEIGHTS
     seconds = n * (6 * sum(products) * SECONDS_PER_FLOP + sum(sizes[1:]) * SECONDS_PER_ELEMENT)
-    tile_threads = not wide and seconds * itemsize / 4 > WORTH_THREADS
-    most = min(MAX_CHUNKS, CHUNK_BYTES // (8 * sum(products))) if tile_threads else 1
+    seconds *= itemsize / 4
+
+    row_bytes = itemsize * (2 * sum(sizes[1:]) + max(sizes[1:]))
+    if wide:
+        tile_rows = _within(WIDE_TILE_ROWS, WIDE_TILE_BYTES // row_bytes)
+    else:
+        tile_rows = _within(TILE_ROWS, TILE_BYTES // row_bytes)
+    large_products = min(n, tile_rows) * max(products) > SHARED_PRODUCT
+    blas_threads = wide or (large_products and seconds < SHORT_PASS)
+    tile_threads = not blas_threads and seconds > WORTH_THREADS
+    if tile_threads:
+        tile_rows = min(tile_rows, max(TILE_ROWS[0], -(-n // TILES_TO_SHARE)))
+    tile_rows = max(1, min(tile_rows, n))
+
+    n_tiles = max(1, -(-n // tile_rows))
+    n_chunks = min(MAX_CHUNKS, CHUNK_BYTES // (8 * sum(products))) if tile_threads else 1
     return Schedule(
         tile_rows=tile_rows,
-        chunk_rows=-(-n_tiles // max(1, most)) * tile_rows,
+        chunk_rows=-(-n_tiles // n_chunks) * tile_rows,
         copies_X=sizes[0] < VIEW_WIDTH,
-        holds_blas=not wide and tile_rows * max(products) > SMALLEST_DIVIDED_PRODUCT,
+        holds_blas=not blas_threads and tile_rows * max(products) > SMALLEST_DIVIDED_PRODUCT,
         tile_threads=tile_threads,
     )
 
 
-def _narrow_tile_rows(sizes: tuple[int, ...], itemsize: int) -> int:
-    row_bytes = itemsize * (2 * sum(sizes[1:]) + max(sizes[1:]))
-    rows = TILE_BYTES // row_bytes
-    return min(max(TILE_ROWS[0], 1 << (rows.bit_length() - 1)), TILE_ROWS[1])
+def _within(limits: tuple[int, int], rows: int) -> int:
+    least, most = limits
+    return max(least, min(rows, most))
