@@ -1,9 +1,9 @@
-"""From benchmark results to the documentation: charts in docs/images, tables in benchmarks.md.
+"""From benchmark results to the documentation: charts in docs/images, tables in its pages.
 
     python benchmarks/report.py results.json
 
-A table stands between the markers <!-- results:NAME --> and <!-- /results -->; what is between
-them is replaced, and no figure on the page is written by hand.
+In docs/benchmarks.md and README.md a table stands between the markers <!-- results:NAME --> and
+<!-- /results -->; what is between them is replaced, and no figure there is written by hand.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from pathlib import Path
 from mlp_backprop import bench_charts, bench_results
 from mlp_backprop.bench_results import Results, Table
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+PAGES = ("docs/benchmarks.md", "README.md")
 MARKED = re.compile(r"(?<=<!-- results:)([\w-]+) -->\n.*?(?=<!-- /results -->)", re.DOTALL)
 
 
@@ -22,12 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the charts and fill in the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path, help="a JSON file of `mlp-backprop bench`")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of benchmarks.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     options = parser.parse_args(arguments)
     results = bench_results.load(options.results)
-    page = options.docs / "benchmarks.md"
-    page.write_text(filled(page.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")
-    bench_charts.draw(results, options.docs / "images")
+    for name in PAGES:
+        page = options.root / name
+        page.write_text(filled(page.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")
+    bench_charts.draw(results, options.root / "docs/images")
 
 
 def tables(results: Results) -> dict[str, Table]:

@@ -30,13 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    show = _print_json if options.json else _report().show
+    show = _print_json if options.json else _report("; or --json").show
     show(environment())
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    show = _print_json if options.json else _report().show
+    show = _print_json if options.json else _report("; or --json").show
     result = verify(options.seed)
     show(result)
     return 0 if result.passed else 1
@@ -46,10 +46,13 @@ def _bench(options: argparse.Namespace) -> int:
     """Measure, and show; the file and the charts are written as far as it came."""
     from mlp_backprop.bench import main_grid
 
-    report = _report()
+    report = _report("")
     draw = _charts() if options.plot else None
     if options.json is not None:
-        options.json.touch()  # a folder that is not there is found out before, not after
+        try:  # a folder that is not there is found out before, not after
+            options.json.touch()
+        except OSError as error:
+            sys.exit(f"mlp-backprop: {error}")
     with report.progress() as progress:
         results = main_grid(options.selection, path=options.json, progress=progress)
     report.show_benchmarks(results)
@@ -102,11 +105,12 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _report() -> ModuleType:
+def _report(otherwise: str) -> ModuleType:
     try:
         import mlp_backprop.report as report
     except ImportError as error:
-        sys.exit(f"mlp-backprop: needs rich ({error}): pip install 'mlp-backprop[cli]'; or --json")
+        hint = f"pip install 'mlp-backprop[cli]'{otherwise}"
+        sys.exit(f"mlp-backprop: needs rich ({error}): {hint}")
     return report
 
 

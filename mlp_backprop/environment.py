@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 import mlp_backprop
-from mlp_backprop.engines.threads import usable_cpus
+from mlp_backprop.engines.threads import thread_count, usable_cpus
 from mlp_backprop.namespaces import BackendStatus, backends
 
 
@@ -19,12 +19,21 @@ class Blas(NamedTuple):
     threads: int | None
 
 
+class Compiled(NamedTuple):
+    """The numba engine: seconds of compiling, 0 if it came from the cache; where that is."""
+
+    seconds: float
+    cache_directory: str | None
+
+
 class Environment(NamedTuple):
-    """Everything `info` prints."""
+    """Everything `info` prints; `compiled` is None without Numba."""
 
     versions: dict[str, str]
     blas: Blas
     cpus: int
+    threads: int
+    compiled: Compiled | None
     backends: list[BackendStatus]
 
 
@@ -39,8 +48,21 @@ def environment() -> Environment:
         },
         blas=_blas(),  # before backends(): their libraries bring a BLAS of their own
         cpus=usable_cpus(),
+        threads=thread_count(),
+        compiled=_compiled(),
         backends=backends(),
     )
+
+
+def _compiled() -> Compiled | None:
+    """Compile the numba engine's pass for both float types, unless the cache has it already."""
+    try:
+        from mlp_backprop.engines import numba_engine
+    except ImportError:
+        return None
+    for dtype in (np.float32, np.float64):
+        numba_engine.compiled_pass(np.dtype(dtype))
+    return Compiled(*numba_engine.compile_info())
 
 
 def _blas() -> Blas:

@@ -186,7 +186,12 @@ def _show_environment(console: Console, result: Environment) -> None:
     blas = result.blas
     threads = "" if blas.threads is None else f", {blas.threads} threads"
     console.print(f"BLAS {blas.name} {blas.version}{threads}")
-    console.print(f"CPUs for this process: {result.cpus}", "", sep="\n")
+    console.print(f"CPUs for this process: {result.cpus}; threads for a call: {result.threads}")
+    if result.compiled is not None:
+        seconds, directory = result.compiled
+        origin = f"compiled in {seconds:.1f} s" if seconds else "from the cache"
+        console.print(f"numba engine: {origin}, kept in {directory or 'no cache'}")
+    console.print()
     table = _table("backend", "version", "devices, or why it is not usable", justify="left")
     for backend in result.backends:
         note = ", ".join(backend.devices) if backend.usable else backend.reason

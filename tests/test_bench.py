@@ -446,18 +446,20 @@ def test_report_fills_the_page_and_draws_the_charts(tmp_path):
     spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
-    source = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    page = tmp_path / "benchmarks.md"
-    page.write_text(source, encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    for name in report.PAGES:
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    page = tmp_path / "docs/benchmarks.md"
     results = made_up()
     results["cells"] = [cell for cell in results["cells"] if cell["problem"] == "2-10-5-1"]
     bench_results.save(results, tmp_path / "results.json")
-    arguments = [str(tmp_path / "results.json"), "--docs", str(tmp_path)]
+    arguments = [str(tmp_path / "results.json"), "--root", str(tmp_path)]
     report.main(arguments)
 
     once = page.read_text(encoding="utf-8")
     assert "| 2-10-5-1 | 1 | 2 000 000 | 1 000 000 | 8 000 000 | 4 000 000 |\n" in once
-    charts = {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    assert "| 2-10-5-1 | 1 | " in (tmp_path / "README.md").read_text(encoding="utf-8")
+    charts = {path.name: path.read_bytes() for path in (tmp_path / "docs/images").iterdir()}
     assert {"throughput.svg", "throughput.png", "torch-ratio.svg", "torch-ratio.png"} == set(charts)
     for name, content in charts.items():
         assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
@@ -466,6 +468,6 @@ def test_report_fills_the_page_and_draws_the_charts(tmp_path):
 
     report.main(arguments)  # again: the same page and the same charts
     assert page.read_text(encoding="utf-8") == once
-    assert charts == {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    assert charts == {path.name: path.read_bytes() for path in (tmp_path / "docs/images").iterdir()}
     with pytest.raises(KeyError):
         report.filled("<!-- results:unheard-of -->\n<!-- /results -->", report.tables(results))

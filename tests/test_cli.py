@@ -1,5 +1,6 @@
 """The program as its users meet it: exit status, text, JSON, and the installed wheel."""
 
+import importlib.util
 import json
 import os
 import re
@@ -202,6 +203,9 @@ def test_info_as_json(capsys, no_rich):
     assert content["versions"]["NumPy"] == np.__version__
     assert content["cpus"] >= 1
     assert content["blas"]["name"]
+    assert content["threads"] >= 1
+    if importlib.util.find_spec("numba"):
+        assert content["compiled"]["seconds"] >= 0
     backends = {backend["name"]: backend for backend in content["backends"]}
     assert list(backends) == ["numpy", "numba", "cupy", "torch", "jax"]
     assert backends["numpy"]["devices"] == ["cpu"]
@@ -212,6 +216,70 @@ def test_info_without_threadpoolctl_knows_no_threads(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["blas"]["threads"] is None
+
+
+RESULTS = {
+    "complete": True,
+    "import_seconds": 0.03,
+    "cells": [
+        {
+            "problem": "2-10-5-1",
+            "n": 1,
+            "dtype": "float32",
+            "timings": {
+                "prepared": {"median": 2e-5, "torch_ratio": 10.0, "error": 1e-7},
+                "torch": {"median": 2e-4, "torch_ratio": 1.0, "error": 1e-7},
+            },
+            "skipped": {"jax": "not here"},
+            "failed": {},
+        }
+    ],
+}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A grid that is measured at once, and what it was asked for."""
+    asked = {}
+
+    def main_grid(selection, *, path, progress):
+        asked.update(selection=selection, path=path)
+        progress(0, 1, "2-10-5-1")
+        progress(1, 1, "")
+        return asked.get("results", RESULTS)
+
+    monkeypatch.setattr("mlp_backprop.bench.main_grid", main_grid)
+    return asked
+
+
+def test_bench_shows_times_ratios_targets_and_who_is_missing(terminal, capsys, measured, tmp_path):
+    path = tmp_path / "results.json"
+    assert cli.main(["bench", "--selection", "quick", "--json", str(path)]) == 0
+    assert measured == {"selection": "quick", "path": path}
+    shown = one_line(capsys.readouterr().out)
+    for text in ("prepared", "20.0", "10.00", "aim reached", "not here"):
+        assert text in shown
+
+
+def test_bench_draws_charts(measured, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert cli.main(["bench", "--plot", str(tmp_path)]) == 0
+    assert (tmp_path / "torch-ratio.svg").exists()
+
+
+def test_bench_tells_of_wrong_answers_and_of_interruption(capsys, measured):
+    (cell,) = RESULTS["cells"]
+    measured["results"] = RESULTS | {"cells": [cell | {"failed": {"jax": "wrong answer"}}]}
+    assert cli.main(["bench"]) == 1
+    measured["results"] = RESULTS | {"complete": False}
+    assert cli.main(["bench"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_bench_needs_a_folder_for_its_results(measured, tmp_path):
+    with pytest.raises(SystemExit, match="No such file or directory"):
+        cli.main(["bench", "--json", str(tmp_path / "absent" / "results.json")])
+    assert "selection" not in measured
 
 
 def test_the_wheel_verifies_from_an_empty_directory(tmp_path):

@@ -25,13 +25,14 @@ IMPORTS = {
     "engines": ("", ""),
     "engines.schedule": ("backprop", ""),
     "engines.threads": ("", "threadpoolctl"),
+    "engines.numpy_tiles": ("backprop engines.schedule engines.threads types", "numpy"),
     "engines.numba_formulas": ("activations", "numba numpy"),
     "engines.numba_kernels": ("engines.numba_formulas types", "numba numpy"),
     "engines.numba_engine": (
-        "backprop engines.numba_formulas engines.numba_kernels engines.threads types",
+        "backprop engines.numba_formulas engines.numba_kernels engines.numpy_tiles "
+        "engines.threads types",
         "numba numpy",
     ),
-    "engines.numpy_tiles": ("backprop engines.schedule engines.threads types", "numpy"),
     # Libraries and arguments.
     "namespaces": (
         "backprop engines.numba_engine engines.numpy_tiles types",
@@ -50,7 +51,10 @@ IMPORTS = {
     ),
     "mlp_backprop": ("checking gradients namespaces parameters prepared types", ""),
     # Benchmarks.
-    "environment": ("mlp_backprop engines.threads namespaces", "numpy threadpoolctl"),
+    "environment": (
+        "mlp_backprop engines.numba_engine engines.threads namespaces",
+        "numpy threadpoolctl",
+    ),
     "bench_memory": ("", ""),
     "bench_contenders": (
         "backprop gradients mlp_backprop torch_reference types validation",

@@ -11,11 +11,12 @@ numba = pytest.importorskip("numba", reason="the compiled engine needs numba")
 
 from mlp_backprop import backprop, validation  # noqa: E402
 from mlp_backprop.activations import ACTIVATIONS  # noqa: E402
-from mlp_backprop.engines import numba_engine, numba_kernels  # noqa: E402
+from mlp_backprop.engines import numba_engine, numba_kernels, numpy_tiles  # noqa: E402
 from mlp_backprop.losses import LOSSES  # noqa: E402
 
 FLOATS = (np.float64, np.float32)
 TOLERANCE = {np.float64: 1e-12, np.float32: 1e-5}
+WIDE = (70, 100, 3)
 
 
 @pytest.fixture(params=FLOATS)
@@ -47,7 +48,6 @@ def assert_equals_derivation(problem, dtype):
     spec, *arrays = checked(problem.astype(dtype).astype(np.float64))
     expected = backprop.plan(spec)(*arrays)
     got = engine(problem.astype(dtype))
-    assert all(A.dtype == np.float64 for layer in got.grads for A in layer)
     oracles.assert_close(got.loss, expected.loss, TOLERANCE[dtype])
     oracles.assert_close(got.weight, expected.weight, TOLERANCE[dtype])
     oracles.assert_grads_close(got.grads, expected.grads, TOLERANCE[dtype])
@@ -113,20 +113,77 @@ def test_extreme_logits(loss, size, dtype):
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_inf_and_nan_pass_as_in_the_derivation(activation, loss, value):
-    problem = oracles.make_problem(activation=activation, loss=loss)
+@pytest.mark.parametrize("sizes", [(3, 5, 2, 4), WIDE])
+def test_inf_and_nan_pass_as_in_the_derivation(sizes, activation, loss, value):
+    problem = oracles.make_problem(sizes, activation=activation, loss=loss)
     problem.X[2, 1] = value
     spec, *arrays = checked(problem)
     with np.errstate(all="ignore"):
         expected = flat(backprop.plan(spec)(*arrays))
-    np.testing.assert_allclose(flat(engine(problem)), expected, rtol=1e-10, atol=1e-12)
+        got = flat(engine(problem))
+    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_float32_sums_over_many_rows_are_exact():
     problem = oracles.make_problem((2, 10, 5, 1), 100_000, activation="sigmoid").astype(np.float32)
     spec, *arrays = checked(problem.astype(np.float64))
-    expected = backprop.plan(spec)(*arrays)
-    oracles.assert_grads_close(engine(problem).grads, expected.grads, 5e-7)
+    expected, got = backprop.plan(spec)(*arrays), engine(problem)
+    assert all(A.dtype == np.float64 for layer in got.grads for A in layer)
+    oracles.assert_grads_close(got.grads, expected.grads, 5e-7)
+
+
+# Wide nets ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy", "poisson"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_in_wide_nets(activation, loss, dtype):
+    for weighted in (False, True):
+        problem = oracles.make_problem(
+            WIDE, activation=activation, loss=loss, weighted=weighted, n=9
+        )
+        assert_equals_derivation(problem, dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_wide_outputs_and_mixed(activation, dtype):
+    problem = oracles.make_problem((3, 20, 70), activation=["silu", activation], loss="huber")
+    assert_equals_derivation(problem, dtype)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(784, 128, 64, 10), (65, 1), (1, 65), (65, 1, 1), (2, 65, 1, 66), (70, 40, 70)]
+)
+def test_wide_nets_of_any_shape(sizes, dtype):
+    assert_equals_derivation(
+        oracles.make_problem(sizes, 300, activation="gelu_tanh", weighted=True), dtype
+    )
+
+
+@pytest.mark.parametrize(("tiles", "more"), [(0, 1), (1, -1), (1, 0), (1, 1), (3, 7)])
+def test_wide_nets_with_rows_around_the_borders_of_tiles(tiles, more, dtype):
+    spec = checked(oracles.make_problem(WIDE, dtype=dtype)).spec
+    n = tiles * numba_engine.plan(spec, 10**9).schedule.tile_rows + more
+    assert_equals_derivation(oracles.make_problem(WIDE, n, activation="softplus"), dtype)
+
+
+def test_every_activation_is_in_place_in_wide_nets(dtype):
+    assert numba_engine.compiled_in_place(np.dtype(dtype)).keys() == ACTIVATIONS.keys()
+    problem = oracles.make_problem(WIDE, activation="gelu_tanh", dtype=dtype)
+    run = numba_engine.plan(checked(problem).spec, 7)
+    assert None not in run.rows
+    assert None in numpy_tiles.plan(checked(problem).spec, 7).rows
+
+
+def test_the_next_run_of_a_wide_net_knows_nothing_of_the_last(dtype):
+    first, second = (
+        oracles.make_problem(WIDE, 50, activation="elu", dtype=dtype, seed=seed) for seed in (0, 1)
+    )
+    spec, *arrays = checked(first)
+    run = numba_engine.plan(spec, 50)
+    expected = flat(run(*arrays))
+    assert_bits(flat(run(*checked(second)[1:])), flat(engine(second)))
+    assert_bits(flat(run(*arrays)), expected)
 
 
 # Any arrays --------------------------------------------------------------------------------------
@@ -210,17 +267,29 @@ def test_fewer_rows_than_planned_and_results_of_ones_own():
     assert_bits(flat(first), kept)
 
 
-def test_nets_that_are_not_covered():
-    for problem in (
-        oracles.make_problem((2, 3, 1), dtype=np.float16),
-        oracles.make_problem((2, numba_engine.WIDEST + 1, 1)),
+def test_half_precision_is_not_covered():
+    for sizes in ((2, 3, 1), WIDE):
+        spec = checked(oracles.make_problem(sizes, dtype=np.float16)).spec
+        assert numba_engine.plan(spec, 7) is None
+
+
+def test_where_wide_begins():
+    for width, engine_class in (
+        (numba_engine.WIDEST, numba_engine.Pass),
+        (numba_engine.WIDEST + 1, numpy_tiles.TiledPass),
     ):
-        assert numba_engine.plan(checked(problem).spec, 7) is None
+        run = numba_engine.plan(checked(oracles.make_problem((2, width, 1))).spec, 7)
+        assert isinstance(run, engine_class)
 
 
-@pytest.mark.parametrize("n", [1, 1000, 60_000])
-def test_the_number_of_threads_changes_no_bit(n, dtype, monkeypatch):
-    problem = oracles.make_problem((3, 20, 8, 2), n, dtype=dtype, weighted=True)
+NARROW = (3, 20, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n"), [(NARROW, 1), (NARROW, 1000), (NARROW, 60_000), (WIDE, 1), (WIDE, 20_000)]
+)
+def test_the_number_of_threads_changes_no_bit(sizes, n, dtype, monkeypatch):
+    problem = oracles.make_problem(sizes, n, activation="silu", dtype=dtype, weighted=True)
     results = []
     for n_threads in ("1", "2", "3"):
         monkeypatch.setenv("MLP_BACKPROP_NUM_THREADS", n_threads)

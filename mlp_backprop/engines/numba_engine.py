@@ -1,7 +1,11 @@
-"""The engine for narrow nets on NumPy arrays: one compiled pass, numba_kernels.py.
+"""The compiled engine for NumPy arrays: numba_kernels.py, cut into work for threads.
 
-The rows are cut into chunks by their number and the net alone, every chunk has its own sums, and
-these are added up in the order of the chunks: the number of threads changes no bit of the result.
+A narrow net is one compiled pass. The rows are cut into chunks by their number and the net alone,
+every chunk has its own sums, and these are added up in the order of the chunks: the number of
+threads changes no bit of the result.
+
+A wide net is numpy_tiles.py with its activations compiled: products are BLAS's, and every layer
+has one loop from Z to H and f'(Z) in place of several.
 """
 
 import math
@@ -14,15 +18,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import from_dtype, njit, types
 
 from mlp_backprop import backprop
 from mlp_backprop.engines import numba_formulas as formulas
 from mlp_backprop.engines import numba_kernels as kernels
-from mlp_backprop.engines import threads
+from mlp_backprop.engines import numpy_tiles, threads
 from mlp_backprop.types import Array, DType, Layer, Namespace
 
-# Beyond this width the products are better left to BLAS.
+# Beyond this width the products are better left to BLAS: the net is wide.
 WIDEST = 64
 
 # The cost model, in operations: one product, or a tenth of an activation. A core does 10 to 20 of
@@ -37,10 +41,12 @@ NO_CLASSES = np.empty(0, np.int64)
 
 
 def plan(spec: backprop.Spec, n: int) -> backprop.Run | None:
-    """Keep the compiled pass, parameters and tiles at hand; None for nets it is not made for."""
+    """Keep what is compiled, parameters and tiles at hand; None for half precision."""
     dtype = np.dtype(spec.dtype)
-    if dtype not in (np.float32, np.float64) or max(spec.sizes) > WIDEST:
+    if dtype not in (np.float32, np.float64):
         return None
+    if max(spec.sizes) > WIDEST:
+        return numpy_tiles.TiledPass(spec, n, compiled_in_place(dtype))
     return Pass(spec, dtype)
 
 
@@ -133,6 +139,28 @@ class FlatSums(NamedTuple):
         return self.by_layer((self.flat / divisor).astype(dtype, copy=False))
 
 
+# Wide nets ---------------------------------------------------------------------------------------
+
+
+@cache
+def compiled_in_place(dtype: np.dtype[Any]) -> dict[str, numpy_tiles.InPlace]:
+    """The table of activations, compiled: f leaves the slopes f'(Z) in `spare`."""
+    activate = compiled_activations(dtype)
+
+    def row(k: int) -> numpy_tiles.InPlace:
+        def f(Z: Array, spare: Array, one: Array) -> None:
+            activate(k, Z, spare)
+
+        return numpy_tiles.InPlace(1, f, times_slope)
+
+    table = {name: row(k) for k, name in enumerate(kernels.ACTIVATIONS)}
+    return table | {"identity": numpy_tiles.IN_PLACE["identity"]}  # which does nothing, sooner
+
+
+def times_slope(D: Array, H: Array, spare: Array, one: Array) -> None:
+    np.multiply(D, spare, D)  # one loop already
+
+
 # Compilation -------------------------------------------------------------------------------------
 
 _compile_seconds = 0.0
@@ -156,8 +184,7 @@ def compile_info() -> CompileInfo:
 
 @cache
 def compiled_pass(dtype: np.dtype[Any]) -> Any:
-    """The pass for one dtype and any strides, from Numba's cache or compiled now: seconds."""
-    global _compile_seconds, _cache_directory
+    """The pass over narrow nets, for one dtype and any strides."""
     sources = version_of_sources()
 
     def loss_and_grad_sums(  # type: ignore[no-untyped-def]  # Numba has its types from `signature`
@@ -166,12 +193,31 @@ def compiled_pass(dtype: np.dtype[Any]) -> Any:
         _ = sources  # now a part of the key in the cache, which by itself looks at this file alone
         return kernels.loss_and_grad_sums(X, Y, classes, weight, layers, loss, params, tile, sums)
 
-    compiled = partial(njit, signature(dtype), nogil=True, **formulas.OPTIONS)
+    return compiled(loss_and_grad_sums, signature(dtype))
+
+
+@cache
+def compiled_activations(dtype: np.dtype[Any]) -> Any:
+    """H over Z, and the slopes f'(Z), for row k of the table of activations and one dtype."""
+    sources = version_of_sources()
+
+    def activate(k, Z, slope):  # type: ignore[no-untyped-def]
+        _ = sources  # as above
+        kernels.activate(k, Z.ravel(), 0, slope.ravel(), 0, 1, Z.size)
+
+    matrix = types.Array(from_dtype(dtype), 2, "C")
+    return compiled(activate, types.void(types.int64, matrix, matrix))
+
+
+def compiled(function: Callable[..., Any], signature: Any) -> Any:
+    """A function from Numba's cache, or compiled now: seconds."""
+    global _compile_seconds, _cache_directory
+    compile_ = partial(njit, signature, nogil=True, **formulas.OPTIONS)
     started = time.perf_counter()
     try:
-        kernel = compiled(cache=True)(loss_and_grad_sums)
+        kernel = compile_(cache=True)(function)
     except RuntimeError:  # Numba finds no directory that it may write to
-        kernel = compiled()(loss_and_grad_sums)
+        kernel = compile_()(function)
     if not kernel.stats.cache_hits:
         _compile_seconds += time.perf_counter() - started
     _cache_directory = kernel.stats.cache_path
@@ -185,7 +231,8 @@ def version_of_sources() -> int:
 
 
 def signature(dtype: np.dtype[Any]) -> Any:
-    real = types.float32 if dtype == np.float32 else types.float64
+    """That of kernels.loss_and_grad_sums."""
+    real = from_dtype(dtype)
 
     def data(element: Any, ndim: int) -> Any:
         return types.Array(element, ndim, "A", readonly=True)

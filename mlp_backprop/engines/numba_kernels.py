@@ -223,14 +223,14 @@ def _row_sum(A, row, m):
 
 
 def _activation(f):
-    """h = f(z) in place of z, and the slopes f'(z), for n_rows rows."""
+    """For n_rows rows: h = f(z) in place of z, and the slopes f'(z) in B, which may be A."""
 
     @inlined
-    def rows(A, z, slope, n_rows, m):
+    def rows(A, z, B, slope, n_rows, m):
         for row in range(n_rows):
             a, b = at((z + row) * STRIDE), at((slope + row) * STRIDE)
             for t in range(at(m)):
-                A[a + t], A[b + t] = f(A[a + t])
+                A[a + t], B[b + t] = f(A[a + t])
 
     return rows
 
@@ -287,26 +287,26 @@ _squared_error, _absolute_error, _huber, _poisson, _binary_cross_entropy = _loss
 
 
 @compiled
-def activate(k, A, z, slope, n_rows, m):
+def activate(k, A, z, B, slope, n_rows, m):
     """Row k of the table of activations."""
     if k == 0:
-        _identity(A, z, slope, n_rows, m)
+        _identity(A, z, B, slope, n_rows, m)
     elif k == 1:
-        _sigmoid(A, z, slope, n_rows, m)
+        _sigmoid(A, z, B, slope, n_rows, m)
     elif k == 2:
-        _tanh(A, z, slope, n_rows, m)
+        _tanh(A, z, B, slope, n_rows, m)
     elif k == 3:
-        _relu(A, z, slope, n_rows, m)
+        _relu(A, z, B, slope, n_rows, m)
     elif k == 4:
-        _leaky_relu(A, z, slope, n_rows, m)
+        _leaky_relu(A, z, B, slope, n_rows, m)
     elif k == 5:
-        _elu(A, z, slope, n_rows, m)
+        _elu(A, z, B, slope, n_rows, m)
     elif k == 6:
-        _softplus(A, z, slope, n_rows, m)
+        _softplus(A, z, B, slope, n_rows, m)
     elif k == 7:
-        _silu(A, z, slope, n_rows, m)
+        _silu(A, z, B, slope, n_rows, m)
     elif k == 8:
-        _gelu_tanh(A, z, slope, n_rows, m)
+        _gelu_tanh(A, z, B, slope, n_rows, m)
 
 
 @compiled
@@ -396,7 +396,7 @@ def loss_and_grad_sums(X, Y, classes, weight, layers, loss, params, A, sums):
             for o in range(n_out):
                 fill(A, h + o, 1, params[p + n_out * n_in + o], m)
             add_product(A, h, n_out, h - n_in, n_in, params, p, n_in, NEXT, m)
-            activate(activation, A, h, slope, n_out, m)
+            activate(activation, A, h, A, slope, n_out, m)
 
         losses_and_output_grads(loss, A, output, y, outputs, m)
         for o in range(outputs):

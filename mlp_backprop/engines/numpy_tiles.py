@@ -10,7 +10,7 @@ A wide X is not copied into the tile: its products take views of it. schedule.py
 problem is cut. Tiles are added up in float64, also for float32 data, and rounded once at the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -23,50 +23,53 @@ from mlp_backprop.types import Array, DType, Layer
 
 
 class InPlace(NamedTuple):
-    """An activation without temporaries: H over Z, and D times f'(Z) from H alone."""
+    """An activation without temporaries: H over Z, and later D times f'(Z) over D.
+
+    `spare` has the shape of Z and is the layer's own: what f leaves there, times_df finds.
+    """
 
     sign: int  # -1: f wants the weights, and so Z, negated
-    f: Callable[[Array, Array], None]  # Z, 1
-    times_df: Callable[[Array, Array, Array, Array], None]  # D, H, scratch, 1
+    f: Callable[[Array, Array, Array], None]  # Z, spare, 1
+    times_df: Callable[[Array, Array, Array, Array], None]  # D, H, spare, 1
 
 
-def _sigmoid(Z: Array, one: Array) -> None:
+def _sigmoid(Z: Array, spare: Array, one: Array) -> None:
     # Of -Z: 1 / (1 + exp(-z)). The exponential may overflow: 1 / inf is the right zero.
     np.exp(Z, Z)
     np.add(Z, one, Z)
     np.reciprocal(Z, Z)
 
 
-def _times_sigmoid_df(D: Array, H: Array, scratch: Array, one: Array) -> None:
-    np.subtract(one, H, scratch)
-    np.multiply(scratch, H, scratch)
-    np.multiply(D, scratch, D)
+def _times_sigmoid_df(D: Array, H: Array, spare: Array, one: Array) -> None:
+    np.subtract(one, H, spare)
+    np.multiply(spare, H, spare)
+    np.multiply(D, spare, D)
 
 
-def _tanh(Z: Array, one: Array) -> None:
+def _tanh(Z: Array, spare: Array, one: Array) -> None:
     np.tanh(Z, Z)
 
 
-def _times_tanh_df(D: Array, H: Array, scratch: Array, one: Array) -> None:
-    np.multiply(H, H, scratch)
-    np.subtract(one, scratch, scratch)
-    np.multiply(D, scratch, D)
+def _times_tanh_df(D: Array, H: Array, spare: Array, one: Array) -> None:
+    np.multiply(H, H, spare)
+    np.subtract(one, spare, spare)
+    np.multiply(D, spare, D)
 
 
-def _relu(Z: Array, one: Array) -> None:
+def _relu(Z: Array, spare: Array, one: Array) -> None:
     np.maximum(Z, 0, out=Z)
 
 
-def _times_relu_df(D: Array, H: Array, scratch: Array, one: Array) -> None:
-    np.greater(H, 0, scratch)
-    np.multiply(D, scratch, D)
+def _times_relu_df(D: Array, H: Array, spare: Array, one: Array) -> None:
+    np.greater(H, 0, spare)
+    np.multiply(D, spare, D)
 
 
-def _identity(Z: Array, one: Array) -> None:
+def _identity(Z: Array, spare: Array, one: Array) -> None:
     pass
 
 
-def _times_identity_df(D: Array, H: Array, scratch: Array, one: Array) -> None:
+def _times_identity_df(D: Array, H: Array, spare: Array, one: Array) -> None:
     pass
 
 
@@ -84,7 +87,7 @@ class Tile:
     Every buffer is contiguous, as the fastest matrix product (np.dot with `out`) demands.
     """
 
-    def __init__(self, spec: Spec, rows: int, copies_X: bool) -> None:
+    def __init__(self, spec: Spec, in_place: list[bool], rows: int, copies_X: bool) -> None:
         sizes, dtype = spec.sizes, spec.dtype
         n_below = (sizes[0] if copies_X else 0, *sizes[1:-1])
         self.below = [np.ones((size + 1, rows), dtype) for size in n_below]  # [H_{l-1}; 1]
@@ -92,10 +95,9 @@ class Tile:
         self.ones = self.below[0][-1]
         self.H = [H[:-1] for H in self.below[1:]] + [np.empty((sizes[-1], rows), dtype)]
         # Formed in place, H_l lies where Z_l was; the table's f' needs both.
-        in_place = [row.name in IN_PLACE for row in spec.activations]
         self.Z = [H if i else np.empty_like(H) for H, i in zip(self.H, in_place, strict=True)]
         self.D = [np.empty((size, rows), dtype) for size in sizes[1:]]
-        self.scratch = [np.empty((size, rows), dtype) for size in sizes[1:]]
+        self.spare = [np.empty((size, rows), dtype) for size in sizes[1:]]
         self.sums = Stacks(spec, copies_X, dtype)
 
 
@@ -133,10 +135,10 @@ class TiledPass:
     It belongs to one thread at a time, and the arrays of its sums to it, until its next run.
     """
 
-    def __init__(self, spec: Spec, n: int) -> None:
+    def __init__(self, spec: Spec, n: int, in_place: Mapping[str, InPlace] = IN_PLACE) -> None:
         self.spec = spec
         self.schedule = make_schedule(spec, n, np.dtype(spec.dtype).itemsize)
-        self.rows = [IN_PLACE.get(row.name) for row in spec.activations]
+        self.rows = [in_place.get(row.name) for row in spec.activations]
         self.packed = Stacks(spec, self.schedule.copies_X, spec.dtype)
         self.one = np.ones((), spec.dtype)
         self.is_plain_square = spec.loss.name == "squared_error"
@@ -220,7 +222,8 @@ class TiledPass:
         if rows not in tiles:
             if len(tiles) > 1:
                 tiles.popitem()
-            tiles[rows] = Tile(self.spec, rows, self.schedule.copies_X)
+            in_place = [row is not None for row in self.rows]
+            tiles[rows] = Tile(self.spec, in_place, rows, self.schedule.copies_X)
         return tiles[rows]
 
     def _run_tile(
@@ -246,7 +249,7 @@ class TiledPass:
             if row is None:
                 tile.H[l][...] = self.spec.activations[l].f(np, Z)
             else:
-                row.f(Z, self.one)
+                row.f(Z, tile.spare[l], self.one)
 
     def _loss(self, tile: Tile, y: Array, weight: Array | None) -> float:
         """The loss, with dE/dH_L left in D_L."""
@@ -271,7 +274,7 @@ class TiledPass:
             if row is None:
                 np.multiply(D, self.spec.activations[l].df(np, tile.Z[l], tile.H[l]), D)
             else:
-                row.times_df(D, tile.H[l], tile.scratch[l], self.one)
+                row.times_df(D, tile.H[l], tile.spare[l], self.one)
             if l > 0 or tile.X is not None:
                 np.dot(D, tile.below[l].T, sums[l])
             else:
