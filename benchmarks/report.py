@@ -1,6 +1,6 @@
 """From benchmark results to the documentation: charts in docs/images, tables in its pages.
 
-    python benchmarks/report.py results.json
+    python benchmarks/report.py results.json [more.json ...]
 
 In docs/benchmarks.md and README.md a table stands between the markers <!-- results:NAME --> and
 <!-- /results -->; what is between them is replaced, and no figure there is written by hand.
@@ -22,10 +22,15 @@ MARKED = re.compile(r"(?<=<!-- results:)([\w-]+) -->\n.*?(?=<!-- /results -->)",
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the charts and fill in the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("results", type=Path, help="a JSON file of `mlp-backprop bench`")
+    parser.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        help="JSON files of `mlp-backprop bench`; of those after the first, only cells it lacks",
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     options = parser.parse_args(arguments)
-    results = bench_results.load(options.results)
+    results = bench_results.merged([bench_results.load(path) for path in options.results])
     for name in PAGES:
         page = options.root / name
         page.write_text(filled(page.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")

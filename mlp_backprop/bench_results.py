@@ -78,6 +78,17 @@ def load(path: Path) -> Results:
     return results
 
 
+def merged(files: list[Results]) -> Results:
+    """The first, with the cells of the others that it lacks: a run of the largest ones, say."""
+    cells: dict[str, Results] = {}
+    for results in files:
+        for cell in results["cells"]:
+            cells.setdefault(label_of(cell), cell)
+    nets = list(dict.fromkeys(cell["problem"] for cell in cells.values()))
+    in_order = sorted(cells.values(), key=lambda cell: (nets.index(cell["problem"]), cell["n"]))
+    return files[0] | {"cells": in_order}
+
+
 # --- targets ---------------------------------------------------------------------------------
 
 Where = Callable[[Results], bool]  # of a cell

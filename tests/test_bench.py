@@ -441,6 +441,16 @@ def test_tables_show_every_cell_and_every_reason():
     ).rows
 
 
+def test_merging_adds_the_cells_that_the_first_lacks():
+    first, second = made_up(), made_up()
+    other = first["cells"][0] | {"n": 7}
+    second["cells"] = [other, first["cells"][0] | {"timings": {}}]
+    merged = bench_results.merged([first, second])
+    assert merged | {"cells": first["cells"]} == first
+    assert [cell for cell in merged["cells"] if cell["n"] != 7] == first["cells"]
+    assert merged["cells"][2] == other  # after the same net with a single row
+
+
 def test_report_fills_the_page_and_draws_the_charts(tmp_path):
     pytest.importorskip("matplotlib", reason="charts need matplotlib")
     spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")

@@ -31,9 +31,9 @@ WIDEST = 64
 
 # The cost model, in operations: one product, or a tenth of an activation. A core does 10 to 20 of
 # them in a nanosecond, and waking a thread takes up to 300 us: so one thread and a single chunk up
-# to about a millisecond of work, then chunks of at least 100 us, which take 5 us to hand out.
+# to about two milliseconds of work, then chunks of at least 100 us, which take 5 us to hand out.
 ACTIVATION_OPERATIONS = 10
-THREAD_OPERATIONS = 10_000_000
+THREAD_OPERATIONS = 40_000_000
 CHUNK_OPERATIONS = 2_000_000
 MOST_CHUNKS = 64
 
