@@ -51,11 +51,10 @@ class Sums(NamedTuple):
     def divided(self, xp: Namespace, divisor: Array | float, dtype: DType) -> list[Layer]:
         """The gradients over a divisor, which may be 1, as arrays of their own of this dtype."""
 
-        def divide(total: Array) -> Array:
-            quotient = total / divisor
-            return quotient if quotient.dtype == dtype else xp.astype(quotient, dtype)
-
-        return [Layer(divide(W), divide(b)) for W, b in self.grads]
+        quotients = [Layer(W / divisor, b / divisor) for W, b in self.grads]
+        if quotients[0].W.dtype == dtype:
+            return quotients
+        return [Layer(xp.astype(W, dtype), xp.astype(b, dtype)) for W, b in quotients]
 
 
 Run = Callable[[list[Layer], Array, Array, Array | None], Any]  # Sums, or what has its parts

@@ -44,8 +44,8 @@ class Effort(NamedTuple):
 # From small to large; each has all that the smaller ones have.
 SELECTIONS = {
     "quick": Effort(min_rounds=3, max_rounds=20, seconds=0.3),
-    "default": Effort(min_rounds=5, max_rounds=200, seconds=6.0),
-    "full": Effort(min_rounds=5, max_rounds=200, seconds=10.0),
+    "default": Effort(min_rounds=7, max_rounds=200, seconds=15.0),
+    "full": Effort(min_rounds=5, max_rounds=200, seconds=15.0),
 }
 
 

@@ -76,6 +76,7 @@ class PreparedGrads:
 
     def __init__(self, spec: Spec, n: int, options: dict[str, Any]) -> None:
         self._spec, self._n, self._options = spec, n, options
+        self._values_matter = spec.loss.targets != "real"
         self._run = namespaces.plan(spec, n, options["backend"])
         self._shapes = flat(((n_out, n_in), (n_out,)) for n_in, n_out in pairwise(spec.sizes))
 
@@ -93,7 +94,8 @@ class PreparedGrads:
         reduction = self._options["reduction"]
         if self._fits(params, X, y, sample_weight):
             layers: Any = params
-            self._check_values(X, y, sample_weight)
+            if self._values_matter or sample_weight is not None or len(X) == 0:
+                self._check_values(X, y, sample_weight)
         else:
             layers, X, y, sample_weight = self._checked(params, X, y, sample_weight)
         if X.shape[0] > self._n:
@@ -142,8 +144,7 @@ class PreparedGrads:
 
     def _check_values(self, X: Array, y: Array, weight: Array | None) -> None:
         loss = self._spec.loss
-        if loss.targets != "real":
-            validation.check_target_values(Argument("y", y, np), loss, self._spec.sizes[-1])
+        validation.check_target_values(Argument("y", y, np), loss, self._spec.sizes[-1])
         weights = None if weight is None else Argument("sample_weight", weight, np)
         validation.check_weights(weights, len(X), self._options["reduction"])
 

@@ -302,7 +302,7 @@ def test_long_work_is_cut_and_short_work_is_not():
     run = numba_engine.plan(checked(oracles.make_problem()).spec, 7)
     assert run.chunks(0) == (1, 0)
     assert run.chunks(1000) == (1, 1000)
-    for n in (100_000, 100_001, 10_000_000):
+    for n in (1_000_000, 1_000_001, 10_000_000):
         n_chunks, n_rows = run.chunks(n)
         assert 1 < n_chunks <= numba_engine.MOST_CHUNKS
         assert n_rows % numba_kernels.TILE == 0

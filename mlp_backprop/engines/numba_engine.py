@@ -136,7 +136,8 @@ class FlatSums(NamedTuple):
 
     def divided(self, xp: Namespace, divisor: Array | float, dtype: DType) -> list[Layer]:
         """The gradients over a divisor, as views of one array of this dtype."""
-        return self.by_layer((self.flat / divisor).astype(dtype, copy=False))
+        quotient = self.flat / divisor
+        return self.by_layer(quotient if quotient.dtype == dtype else quotient.astype(dtype))
 
 
 # Wide nets ---------------------------------------------------------------------------------------
