@@ -97,7 +97,8 @@ def compute_grads(
     Notes
     -----
     Scale: with reduction="mean" the loss equals torch's per-sample loss, summed over outputs and
-    averaged over samples. torch's own reduction="mean" divides regression losses by n d_L.
+    averaged over samples. torch's own reduction="mean" divides all but cross entropy over classes
+    by n d_L.
 
     The gradients are equations (1) to (3) of docs/derivation.md; Rumelhart, Hinton and Williams,
     "Learning representations by back-propagating errors", Nature 323 (1986).
