@@ -7,7 +7,7 @@ hide a mistake or lose digits.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,15 +41,11 @@ def table_row(what: str, name: object, table: Mapping[str, Row]) -> Row:
     if not isinstance(name, str):
         raise TypeError(f"{what} must be a name (str), got {type_name(name)}")
     if name not in table:
-        raise ValueError(unknown(what, name, table))
+        begun = [row for row in table if name and row.startswith(name.lower())]
+        guess = begun or difflib.get_close_matches(name.lower(), list(table), n=1)
+        hint = f"; did you mean {guess[0]!r}?" if guess else ""
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(table)}{hint}")
     return table[name]
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    begun = [row for row in known if row.startswith(name.lower()) and name]
-    guess = begun or difflib.get_close_matches(name.lower(), list(known), n=1)
-    hint = f"; did you mean {guess[0]!r}?" if guess else ""
-    return f"unknown {what} {name!r}; known: {', '.join(known)}{hint}"
 
 
 def read(name: str, value: object) -> Argument:

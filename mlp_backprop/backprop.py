@@ -50,7 +50,6 @@ class Sums(NamedTuple):
 
     def divided(self, xp: Namespace, divisor: Array | float, dtype: DType) -> list[Layer]:
         """The gradients over a divisor, which may be 1, as arrays of their own of this dtype."""
-
         quotients = [Layer(W / divisor, b / divisor) for W, b in self.grads]
         if quotients[0].W.dtype == dtype:
             return quotients

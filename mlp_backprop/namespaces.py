@@ -6,7 +6,6 @@ namespace; for other libraries array-api-compat finds or completes theirs.
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,7 @@
 """The same loss by torch's own layers and autograd: the reference to compare with.
 
-The only file that imports torch for its autograd. Arrays in and out are NumPy's; the functions
-are torch's own, none of ours.
+Arrays in and out are NumPy's; the functions are torch's own, none of ours. check_grads and verify
+compare with it, and the benchmarks time its forward pass with torch's autograd.
 """
 
 from collections.abc import Callable, Sequence
