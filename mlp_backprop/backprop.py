@@ -48,12 +48,15 @@ class Sums(NamedTuple):
     weight: Array | float
     grads: list[Layer]
 
-    def divided(self, xp: Namespace, divisor: Array | float, dtype: DType) -> list[Layer]:
-        """The gradients over a divisor, which may be 1, as arrays of their own of this dtype."""
-        quotients = [Layer(W / divisor, b / divisor) for W, b in self.grads]
-        if quotients[0].W.dtype == dtype:
-            return quotients
-        return [Layer(xp.astype(W, dtype), xp.astype(b, dtype)) for W, b in quotients]
+    def divided(self, spec: Spec, divisor: Array | float) -> tuple[Array, list[Layer]]:
+        """Loss and gradients over a divisor, which may be 1, as arrays of their own."""
+        xp, dtype = spec.xp, spec.dtype
+        # A sum may leave the range of half precision, so its loss stays in the accumulator's dtype.
+        loss = xp.asarray(self.loss / divisor, dtype=accumulator_dtype(spec))[()]
+        grads = [Layer(W / divisor, b / divisor) for W, b in self.grads]
+        if grads[0].W.dtype != dtype:
+            grads = [Layer(xp.astype(W, dtype), xp.astype(b, dtype)) for W, b in grads]
+        return loss, grads
 
 
 Run = Callable[[list[Layer], Array, Array, Array | None], Any]  # Sums, or what has its parts

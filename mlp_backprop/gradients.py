@@ -130,10 +130,7 @@ def compute_grads(
 
 def reduced(spec: backprop.Spec, sums: backprop.Sums, reduction: str) -> LossAndGrads:
     """The one place where a sum becomes a mean."""
-    divisor = sums.weight if reduction == "mean" else 1.0
-    # A sum may leave the range of half precision, so its loss stays in the accumulator's dtype.
-    loss = spec.xp.asarray(sums.loss / divisor, dtype=backprop.accumulator_dtype(spec))
-    return LossAndGrads(loss[()], sums.divided(spec.xp, divisor, spec.dtype))
+    return LossAndGrads(*sums.divided(spec, sums.weight if reduction == "mean" else 1.0))
 
 
 @quietly
@@ -214,5 +211,5 @@ def trace(
     deltas = dict(backprop.backward(spec.xp, spec.activations, layers, Z, H, G))
     D = [deltas[1] @ layers[0].W, *(deltas[l] for l in range(1, len(Z)))]
     sums = [backprop.layer_grad_sums(spec, D[l], H[l - 1]) for l in range(1, len(Z))]
-    grads = backprop.Sums(values, 1.0, sums).divided(spec.xp, 1.0, spec.dtype)
+    grads = backprop.Sums(spec.xp.sum(values), 1.0, sums).divided(spec, 1.0)[1]
     return Trace(Z, H, D, values, grads)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from mlp_backprop.gradients import LossAndGrads, quietly, reduced
 from mlp_backprop.types import Array, Layer, Params, flat
 
 _NDARRAY = {np.ndarray}
+_kind = attrgetter("shape", "dtype")
 
 
 def prepare_grads(
@@ -79,6 +81,7 @@ class PreparedGrads:
         self._values_matter = spec.loss.targets != "real"
         self._run = namespaces.plan(spec, n, options["backend"])
         self._shapes = flat(((n_out, n_in), (n_out,)) for n_in, n_out in pairwise(spec.sizes))
+        self._kinds = [(shape, spec.dtype) for shape in self._shapes]
 
     @quietly
     def __call__(
@@ -114,24 +117,21 @@ class PreparedGrads:
         """
         if self._spec.xp is not np or type(X) is not np.ndarray or type(params) is not list:
             return False
-        rows, sizes = X.shape[:1], self._spec.sizes
-        arrays, shapes = [X], [(*rows, sizes[0])]
+        rows, sizes, dtype = X.shape[:1], self._spec.sizes, self._spec.dtype
+        arrays: list[Any] = []
         for layer in params:
             if not isinstance(layer, tuple):
                 return False
             arrays += layer
-        shapes += self._shapes
+        expected = [*self._kinds, ((*rows, sizes[0]), dtype)]
+        arrays.append(X)
         if not self._are_labels(y, rows):
             arrays.append(y)
-            shapes.append((*rows, sizes[-1]))
+            expected.append(((*rows, sizes[-1]), dtype))
         if weight is not None:
             arrays.append(weight)
-            shapes.append(rows)
-        return (
-            set(map(type, arrays)) == _NDARRAY
-            and [array.shape for array in arrays] == shapes
-            and [array.dtype for array in arrays] == [self._spec.dtype] * len(arrays)
-        )
+            expected.append((rows, dtype))
+        return {*map(type, arrays)} == _NDARRAY and [*map(_kind, arrays)] == expected
 
     def _are_labels(self, y: Any, rows: tuple[int, ...]) -> bool:
         return (

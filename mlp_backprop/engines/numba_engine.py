@@ -24,7 +24,7 @@ from mlp_backprop import backprop
 from mlp_backprop.engines import numba_formulas as formulas
 from mlp_backprop.engines import numba_kernels as kernels
 from mlp_backprop.engines import numpy_tiles, threads
-from mlp_backprop.types import Array, DType, Layer, Namespace
+from mlp_backprop.types import Array, Layer
 
 # Beyond this width the products are better left to BLAS: the net is wide.
 WIDEST = 64
@@ -61,14 +61,10 @@ class Pass:
         self.n_classes = spec.sizes[-1]
         self.tiles = [np.empty(n_rows * kernels.STRIDE, dtype)]  # one per thread
         self.no_targets, self.no_weight = np.empty((0, 0), dtype), np.empty(0, dtype)
-        self.slices: list[tuple[slice, tuple[int, int], slice]] = []  # of W, its shape, of b
-        end = 0
-        for n_in, n_out in pairwise(spec.sizes):
-            start, middle, end = end, end + n_out * n_in, end + n_out * n_in + n_out
-            self.slices.append((slice(start, middle), (n_out, n_in), slice(middle, end)))
-        self.params = np.empty(end, dtype)
-        self.params_by_layer = self.by_layer(self.params)
-        self.operations = 3 * end + ACTIVATION_OPERATIONS * sum(spec.sizes[1:])
+        self.sizes = spec.sizes
+        self.params = np.empty(record(spec.sizes, dtype).itemsize // dtype.itemsize, dtype)
+        self.params_by_layer = by_layer(self.params, spec.sizes)
+        self.operations = 3 * len(self.params) + ACTIVATION_OPERATIONS * sum(spec.sizes[1:])
 
     def __call__(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> "FlatSums":
         """The seam of engines; the sums are the caller's own."""
@@ -82,11 +78,7 @@ class Pass:
             self.sum_rows(X, y, weight, self.tiles[0], sums)
         else:
             sums = self.sum_chunks(X, y, weight, n_chunks, n_rows)
-        return FlatSums(sums[-2], sums[-1], sums, self.by_layer)
-
-    def by_layer(self, flat: Array) -> list[Layer]:
-        """Views of an array that begins as `params` does."""
-        return [Layer(flat[W].reshape(shape), flat[b]) for W, shape, b in self.slices]
+        return FlatSums(sums, self.sizes)
 
     def chunks(self, n: int) -> tuple[int, int]:
         """How many chunks n rows make, and of how many rows: whole tiles."""
@@ -123,21 +115,48 @@ class Pass:
 
 
 class FlatSums(NamedTuple):
-    """As backprop.Sums, with all gradients in one array: small nets are divided in one step."""
+    """As backprop.Sums, with all in one array: small nets are divided in one step."""
 
-    loss: Array
-    weight: Array
-    flat: Array
-    by_layer: Callable[[Array], list[Layer]]
+    flat: Array  # gradients as `record` has them, loss, weight
+    sizes: tuple[int, ...]
+
+    @property
+    def loss(self) -> Array:
+        """The sum of the weighted losses."""
+        return self.flat[-2]
+
+    @property
+    def weight(self) -> Array:
+        """The sum of the weights."""
+        return self.flat[-1]
 
     @property
     def grads(self) -> list[Layer]:
-        return self.by_layer(self.flat)
+        """The sums of the gradients."""
+        return by_layer(self.flat, self.sizes)
 
-    def divided(self, xp: Namespace, divisor: Array | float, dtype: DType) -> list[Layer]:
-        """The gradients over a divisor, as views of one array of this dtype."""
+    def divided(self, spec: backprop.Spec, divisor: Array | float) -> tuple[Array, list[Layer]]:
+        """Loss and gradients over a divisor; the gradients are views of one array."""
         quotient = self.flat / divisor
-        return self.by_layer(quotient if quotient.dtype == dtype else quotient.astype(dtype))
+        if quotient.dtype != spec.dtype:
+            quotient = quotient.astype(spec.dtype)
+        return quotient[-2], by_layer(quotient, self.sizes)
+
+
+def by_layer(flat: Array, sizes: tuple[int, ...]) -> list[Layer]:
+    """Views of an array that begins with a record: fields are the quickest views to make."""
+    fields = record(sizes, flat.dtype)
+    views, names = np.ndarray((), fields, flat), iter(fields.names or ())
+    return [Layer(views[W], views[b]) for W, b in zip(names, names, strict=True)]
+
+
+@cache
+def record(sizes: tuple[int, ...], dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """W_1, b_1, W_2, ... one after the other, as the fields of a structured dtype."""
+    fields: list[Any] = []
+    for l, (n_in, n_out) in enumerate(pairwise(sizes), 1):
+        fields += [(f"W{l}", dtype, (n_out, n_in)), (f"b{l}", dtype, (n_out,))]
+    return np.dtype(fields)
 
 
 # Wide nets ---------------------------------------------------------------------------------------
