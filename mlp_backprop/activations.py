@@ -1,14 +1,16 @@
-"""The table of activations: each row is a function with its first two derivatives.
+"""The table of activations: each row is a function with its first three derivatives.
 
 Called elementwise, with the namespace `xp` of the array Z of pre-activations:
 
     H = row.f(xp, Z)          f(Z)
     row.df(xp, Z, H)          f'(Z)
     row.d2f(xp, Z, H)         f''(Z)
+    row.d3f(xp, Z, H)         f'''(Z)
 
 The derivatives are given both Z and H = f(Z), because some are shortest in the one and some in the
 other. At the kink of relu, leaky_relu and elu the derivatives take the value from the left, as in
-torch: relu'(0) = 0.
+torch: relu'(0) = 0. Their f'' leaves out what lies on the kink itself, a jump of f' or of f'', so
+that they have no f''' to speak of: d3f is None.
 
 Every formula is right over the whole extended line and silent on it: an exponential is only taken
 of something that is not positive, and a product with a factor that vanishes at infinity is formed
@@ -24,12 +26,13 @@ from mlp_backprop.types import Array, Namespace
 
 
 class Activation(NamedTuple):
-    """One row: a name, f, f' and f''."""
+    """One row: a name, f, f', f'' and, where there is one, f'''."""
 
     name: str
     f: Callable[[Namespace, Array], Array]
     df: Callable[[Namespace, Array, Array], Array]
     d2f: Callable[[Namespace, Array, Array], Array]
+    d3f: Callable[[Namespace, Array, Array], Array] | None
 
 
 LEAKY_SLOPE = 0.01
@@ -71,6 +74,11 @@ def _sigmoid_d2f(xp: Namespace, Z: Array, H: Array) -> Array:
     return H * (1 - H) * (1 - 2 * H)
 
 
+def _sigmoid_d3f(xp: Namespace, Z: Array, H: Array) -> Array:
+    dH = H * (1 - H)
+    return dH * (1 - 6 * dH)
+
+
 def _tanh(xp: Namespace, Z: Array) -> Array:
     return xp.tanh(Z)
 
@@ -81,6 +89,11 @@ def _tanh_df(xp: Namespace, Z: Array, H: Array) -> Array:
 
 def _tanh_d2f(xp: Namespace, Z: Array, H: Array) -> Array:
     return -2 * H * (1 - H * H)
+
+
+def _tanh_d3f(xp: Namespace, Z: Array, H: Array) -> Array:
+    square = H * H
+    return (1 - square) * (6 * square - 2)
 
 
 def _relu(xp: Namespace, Z: Array) -> Array:
@@ -120,6 +133,11 @@ def _softplus_d2f(xp: Namespace, Z: Array, H: Array) -> Array:
     return S * (1 - S)
 
 
+def _softplus_d3f(xp: Namespace, Z: Array, H: Array) -> Array:
+    S = logistic(xp, Z)
+    return S * (1 - S) * (1 - 2 * S)
+
+
 # exp(-1000) is zero in every float type, so s(z) and 1 - s(z) are exact beyond |z| = 1000.
 def _silu(xp: Namespace, Z: Array) -> Array:
     return xp.clip(Z, -1000.0, None) * logistic(xp, Z)
@@ -133,6 +151,12 @@ def _silu_df(xp: Namespace, Z: Array, H: Array) -> Array:
 def _silu_d2f(xp: Namespace, Z: Array, H: Array) -> Array:
     S = logistic(xp, Z)
     return S * (1 - S) * (2 + xp.clip(Z, -1000.0, 1000.0) * (1 - 2 * S))
+
+
+def _silu_d3f(xp: Namespace, Z: Array, H: Array) -> Array:
+    S = logistic(xp, Z)
+    dS = S * (1 - S)
+    return dS * (3 * (1 - 2 * S) + xp.clip(Z, -1000.0, 1000.0) * (1 - 6 * dS))
 
 
 def _gelu_gate(xp: Namespace, Z: Array) -> tuple[Array, Array]:
@@ -159,17 +183,28 @@ def _gelu_tanh_d2f(xp: Namespace, Z: Array, H: Array) -> Array:
     return dS * dU * (2 + Z * (1 - 2 * S) * dU) + dS * Z * d2U
 
 
+def _gelu_tanh_d3f(xp: Namespace, Z: Array, H: Array) -> Array:
+    rest = _gelu_gate(xp, -Z)[1]  # 1 - S with all its digits, which are multiplied by thousands
+    Z, S = _gelu_gate(xp, Z)
+    dU = GELU_SCALE * (1 + 3 * GELU_CUBIC * Z * Z)
+    d3U = 6 * GELU_SCALE * GELU_CUBIC
+    dS, turn = S * rest, rest - S
+    dSdU = dS * dU  # first in each product, as above
+    square = dSdU * dU * (3 * turn + Z * (1 - 6 * dS) * dU)
+    return square + dSdU * (3 * d3U) * Z * Z * turn + dS * (4 * d3U) * Z
+
+
 ACTIVATIONS = {
     row.name: row
     for row in (
-        Activation("identity", _identity, _identity_df, _zeros),
-        Activation("sigmoid", logistic, _sigmoid_df, _sigmoid_d2f),
-        Activation("tanh", _tanh, _tanh_df, _tanh_d2f),
-        Activation("relu", _relu, _relu_df, _zeros),
-        Activation("leaky_relu", _leaky_relu, _leaky_relu_df, _zeros),
-        Activation("elu", _elu, _elu_df, _elu_d2f),
-        Activation("softplus", softplus, _softplus_df, _softplus_d2f),
-        Activation("silu", _silu, _silu_df, _silu_d2f),
-        Activation("gelu_tanh", _gelu_tanh, _gelu_tanh_df, _gelu_tanh_d2f),
+        Activation("identity", _identity, _identity_df, _zeros, _zeros),
+        Activation("sigmoid", logistic, _sigmoid_df, _sigmoid_d2f, _sigmoid_d3f),
+        Activation("tanh", _tanh, _tanh_df, _tanh_d2f, _tanh_d3f),
+        Activation("relu", _relu, _relu_df, _zeros, None),
+        Activation("leaky_relu", _leaky_relu, _leaky_relu_df, _zeros, None),
+        Activation("elu", _elu, _elu_df, _elu_d2f, None),
+        Activation("softplus", softplus, _softplus_df, _softplus_d2f, _softplus_d3f),
+        Activation("silu", _silu, _silu_df, _silu_d2f, _silu_d3f),
+        Activation("gelu_tanh", _gelu_tanh, _gelu_tanh_df, _gelu_tanh_d2f, _gelu_tanh_d3f),
     )
 }

@@ -5,6 +5,18 @@ apart by sample:
 
     values, G = row.value_and_grad(xp, H, Y)      (n,) and dE/dH_L (n, d_L)
     row.hessian_product(xp, H, Y, V)              (d2E/dH_L2) V, (n, d_L)
+    row.fisher_product(xp, H, Y, V)               (E G Gᵀ) V, (n, d_L)
+
+V may have axes before these, for several vectors at once.
+
+The Fisher product reads a loss as -log p(y | h) and takes the mean of G Gᵀ over the y that p itself
+draws. Wherever the loss is twice differentiable in h this mean is that of the Hessian, which for
+four of the losses does not depend on y, and so is the Hessian itself: the Gaussian of variance 1/2,
+Poisson, Bernoulli and categorical (class weights of sum t count as t draws). The other two have
+kinks in their second derivative, or the first:
+
+    absolute_error   Laplace, p = exp(-|r|) / 2: the mean of sign(r)² is 1
+    huber            p = exp(-huber(r)) / c: the mean of huber'' is the probability of |r| < 1
 
 The cross entropies and Poisson take logits: log(softmax(z)) and log(sigmoid(z)) are never formed
 from rounded probabilities, so that extreme logits keep a finite loss and a right gradient. At a
@@ -24,6 +36,7 @@ Scale: torch's reduction="mean" also divides the first five by d_L; here "mean" 
 Adding a loss is adding a row; the tests loop over the table.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -32,11 +45,12 @@ from mlp_backprop.types import Array, Namespace
 
 
 class Loss(NamedTuple):
-    """One row: a name, the value with its gradient, the Hessian product, and what Y may be."""
+    """One row: a name, the value with its gradient, two products, and what Y may be."""
 
     name: str
     value_and_grad: Callable[[Namespace, Array, Array], tuple[Array, Array]]
     hessian_product: Callable[[Namespace, Array, Array, Array], Array]
+    fisher_product: Callable[[Namespace, Array, Array, Array], Array]
     targets: Literal["real", "probability", "class"]
     takes_logits: bool
 
@@ -59,6 +73,10 @@ def _absolute_error_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     return xp.zeros_like(V)
 
 
+def _absolute_error_fp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+    return V
+
+
 def _huber(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
     # With C = clip(R, -1, 1), C (R - C/2) is R²/2 where |R| <= 1 and |R| - 1/2 beyond.
     R = H - Y
@@ -68,6 +86,16 @@ def _huber(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
 
 def _huber_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     return xp.where(xp.abs(H - Y) < 1, V, xp.zeros_like(V))
+
+
+# P(|r| < 1) = a / (a + b), from the integrals of exp(-huber): a inside, where it is exp(-r²/2), and
+# b over both tails, where it is exp(1/2 - |r|).
+_INSIDE = math.sqrt(2 * math.pi) * math.erf(math.sqrt(0.5))
+_TAILS = 2 * math.exp(-0.5)
+
+
+def _huber_fp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+    return _INSIDE / (_INSIDE + _TAILS) * V
 
 
 def _poisson(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
@@ -114,29 +142,59 @@ def _softmax_cross_entropy_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Ar
     Y = _class_weights(xp, H, Y)
     E = xp.exp(H - xp.max(H, axis=1, keepdims=True))
     P = E / xp.sum(E, axis=1, keepdims=True)
-    return xp.sum(Y, axis=1, keepdims=True) * P * (V - xp.sum(P * V, axis=1, keepdims=True))
+    return xp.sum(Y, axis=1, keepdims=True) * P * (V - xp.sum(P * V, axis=-1, keepdims=True))
 
 
 LOSSES = {
     row.name: row
     for row in (
-        Loss("squared_error", _squared_error, _squared_error_hp, "real", False),
-        Loss("absolute_error", _absolute_error, _absolute_error_hp, "real", False),
-        Loss("huber", _huber, _huber_hp, "real", False),
-        Loss("poisson", _poisson, _poisson_hp, "real", True),
+        Loss(
+            "squared_error",
+            _squared_error,
+            _squared_error_hp,
+            _squared_error_hp,
+            "real",
+            takes_logits=False,
+        ),
+        Loss(
+            "absolute_error",
+            _absolute_error,
+            _absolute_error_hp,
+            _absolute_error_fp,
+            "real",
+            takes_logits=False,
+        ),
+        Loss(
+            "huber",
+            _huber,
+            _huber_hp,
+            _huber_fp,
+            "real",
+            takes_logits=False,
+        ),
+        Loss(
+            "poisson",
+            _poisson,
+            _poisson_hp,
+            _poisson_hp,
+            "real",
+            takes_logits=True,
+        ),
         Loss(
             "binary_cross_entropy",
             _binary_cross_entropy,
             _binary_cross_entropy_hp,
+            _binary_cross_entropy_hp,
             "probability",
-            True,
+            takes_logits=True,
         ),
         Loss(
             "softmax_cross_entropy",
             _softmax_cross_entropy,
             _softmax_cross_entropy_hp,
+            _softmax_cross_entropy_hp,
             "class",
-            True,
+            takes_logits=True,
         ),
     )
 }

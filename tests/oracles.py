@@ -99,10 +99,15 @@ def exact(A: np.ndarray) -> np.ndarray:
 
 
 def exact_derivatives(f: Callable[[np.ndarray], np.ndarray], z: np.ndarray) -> list[np.ndarray]:
-    """f, f' and f'' of an elementwise function at z, to float64."""
+    """f, f', f'' and f''' of an elementwise function at z, to float64."""
     z, step = exact(z), precise.mpf(10) ** -100
-    below, here, above = f(z - step), f(z), f(z + step)
-    values = here, (above - below) / (2 * step), (above - 2 * here + below) / step**2
+    far_below, below, here, above, far_above = (f(z + k * step) for k in range(-2, 3))
+    values = (
+        here,
+        (above - below) / (2 * step),
+        (above - 2 * here + below) / step**2,
+        (far_above - 2 * above + 2 * below - far_below) / (2 * step**3),
+    )
     return [value.astype(float) for value in values]
 
 

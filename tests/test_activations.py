@@ -1,4 +1,4 @@
-"""The table of activations: every f, f' and f'' against 600 digits, from 0 to infinity."""
+"""The table of activations: every f, f', f'' and f''' against 600 digits, from 0 to infinity."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +15,7 @@ ORDINARY = np.linspace(-12, 12, 50)
 EXTREME = np.array([1e-9, 36, 88, 89, 709, 710, 1e9])
 EXTREME = np.concatenate([-EXTREME[::-1], EXTREME])
 
-# f and f' at -inf and inf; f'' is 0 at both.
+# f and f' at -inf and inf; f'' and f''' are 0 at both.
 LIMITS = {
     "identity": ([-np.inf, np.inf], [1, 1]),
     "sigmoid": ([0, 1], [0, 0]),
@@ -35,11 +35,12 @@ def name(request):
 
 
 def values(name, Z, xp=np):
-    """f, f' and f'' of a row; what NumPy could complain of, underflow apart, is an error."""
+    """f, f', f'' and any f''' of a row; what NumPy complains of, underflow apart, is an error."""
     row = ACTIVATIONS[name]
     with np.errstate(all="raise", under="ignore"):
         H = row.f(xp, Z)
-        return H, row.df(xp, Z, H), row.d2f(xp, Z, H)
+        derivatives = [f(xp, Z, H) for f in (row.df, row.d2f, row.d3f) if f is not None]
+        return H, *derivatives
 
 
 # Where s is 1 - eps, 1 - s has one digit left; gelu_tanh'' multiplies what is lost by about 500.
@@ -47,14 +48,15 @@ DERIVATIVE_ERROR = {np.float64: 2e-13, np.float32: 5e-5, np.float16: 2e-2}
 
 
 def assert_right(name, Z):
-    """f to a relative error, its tails included; f' and f'', which subtract, to an absolute one."""
+    """f to a relative error, its tails included; what subtracts, f' and on, to an absolute one."""
     expected = oracles.exact_derivatives(lambda z: oracles.ACTIVATIONS[name](oracles.MP, z), Z)
     error = DERIVATIVE_ERROR[Z.dtype.type]
     # The exponent of gelu_tanh is near 100 at the ends, and its rounding counts that many times.
     ulps = 200 if name == "gelu_tanh" else 8
     relative, smallest = ulps * np.finfo(Z.dtype).eps, np.finfo(Z.dtype).tiny
-    errors = smallest, error, error
-    for got, exact, absolute in zip(values(name, Z), expected, errors, strict=True):
+    got_values = values(name, Z)
+    errors = smallest, error, error, error
+    for got, exact, absolute in zip(got_values, expected, errors, strict=False):
         assert got.dtype == Z.dtype
         assert_allclose(got, exact, relative, absolute)
 
@@ -79,9 +81,9 @@ def test_extreme_points(name, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_limits_at_infinity(name, dtype):
-    limits = *LIMITS[name], [0, 0]
+    limits = *LIMITS[name], [0, 0], [0, 0]
     got = values(name, np.array([-np.inf, np.inf], dtype))
-    for A, limit in zip(got, limits, strict=True):
+    for A, limit in zip(got, limits, strict=False):
         assert_array_equal(A, np.array(limit, dtype))
 
 
@@ -92,7 +94,7 @@ def test_zero_takes_torchs_derivative(name):
     z = torch.tensor([0.0, -0.0], dtype=torch.float64, requires_grad=True)
     h = torch_reference.ACTIVATIONS[name](z)
     h.sum().backward()
-    H, dH, _ = values(name, np.array([0.0, -0.0]))
+    H, dH, *_ = values(name, np.array([0.0, -0.0]))
     assert_allclose(H, h.detach().numpy(), rtol=1e-15)
     assert_allclose(dH, z.grad.numpy(), rtol=1e-15)
 
@@ -106,11 +108,15 @@ def test_second_derivative_at_zero(name, dtype):
     assert_allclose(got, expected, rtol=4 * np.finfo(dtype).eps)
 
 
+def test_a_kink_has_no_third_derivative(name):
+    assert (ACTIVATIONS[name].d3f is None) == (name in ("relu", "leaky_relu", "elu"))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_nan_in_nan_out(name, dtype):
-    H = values(name, np.array([np.nan, 1.0], dtype))[0]
+    H, *derivatives = values(name, np.array([np.nan, 1.0], dtype))
     assert np.isnan(H[0])
-    assert np.isfinite(H[1])
+    assert np.isfinite([A[1] for A in (H, *derivatives)]).all()
 
 
 def test_the_argument_is_left_alone(name):

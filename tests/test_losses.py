@@ -1,5 +1,7 @@
 """The table of losses: value, gradient and Hessian product against the naive formulas."""
 
+import math
+
 import numpy as np
 import oracles
 import pytest
@@ -60,6 +62,48 @@ def test_hessian_product(case):
         return change.sum() / (2 * step)
 
     assert_close(row.hessian_product(np, H, Y, V), oracles.exact_gradient(slope, H))
+
+
+def test_products_of_several_vectors_at_once(case):
+    row, H, Y = case
+    V = np.random.default_rng(5).normal(size=(2, 3, *H.shape))
+    for product in (row.hessian_product, row.fisher_product):
+        each = [[product(np, H, Y, v) for v in group] for group in V]
+        assert_array_equal(product(np, H, Y, V), each)
+
+
+REAL = (np.arange(160_000) - 79_999.5) / 2000  # residuals, but 0: exp(-40) is below the tolerance
+COUNTS = np.arange(400.0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_fisher_product_is_the_mean_over_what_the_loss_predicts(name):
+    row, rng = LOSSES[name], np.random.default_rng(6)
+    h, v = rng.normal(size=(1, WIDTH)), rng.normal(size=(1, WIDTH))
+    if name == "softmax_cross_entropy":
+        draws = [np.eye(WIDTH)]  # the classes, with all outputs at once
+    else:
+        draws = {
+            "poisson": [COUNTS[:, None]] * WIDTH,
+            "binary_cross_entropy": [np.array([[0.0], [1.0]])] * WIDTH,
+        }.get(name, [h[:, k : k + 1] - REAL[:, None] for k in range(WIDTH)])
+    expected = np.zeros((1, WIDTH))
+    for k, Y in enumerate(draws):
+        own = slice(None) if len(draws) == 1 else slice(k, k + 1)
+        values, G = row.value_and_grad(np, np.repeat(h[:, own], len(Y), axis=0), Y)
+        if name == "poisson":  # the term of the count alone, which the loss leaves out
+            values = values + np.array([math.lgamma(count + 1) for count in COUNTS])
+        P = np.exp(-values) / np.exp(-values).sum()
+        expected[:, own] = (P * (G @ v[0, own])) @ G
+    y = np.zeros((1, WIDTH)) if row.targets != "class" else np.array([0])
+    assert_close(row.fisher_product(np, h, y, v), expected, 1e-6)
+
+
+def test_class_weights_of_any_sum_count_as_that_many_draws():
+    row, rng = LOSSES["softmax_cross_entropy"], np.random.default_rng(7)
+    H, V, Y = rng.normal(size=(N, WIDTH)), rng.normal(size=(N, WIDTH)), np.full((N, WIDTH), 0.5)
+    one = row.fisher_product(np, H, np.zeros(N, int), V)
+    assert_close(row.fisher_product(np, H, Y, V), WIDTH / 2 * one)
 
 
 @pytest.mark.parametrize("name", LOSSES)
