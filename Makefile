@@ -4,15 +4,17 @@
 #   make test      install and run every test
 #   make lint      format, lint and type checks
 #   make bench     the benchmarks, under fifteen minutes; bench-quick, bench-full
+#   make test-kernels   every CUDA kernel in every configuration, compiled and run on the CPU
+#   make bench-gpu      the benchmarks of a CUDA card, under eight minutes; installs nothing
 #   make clean     remove .venv and caches
 #
-# PYTHON is the interpreter that creates .venv.
+# PYTHON is the interpreter that creates .venv, and the one that bench-gpu runs on.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 SOURCES = mlp_backprop tests benchmarks
 
-.PHONY: verify test lint bench bench-quick bench-full clean
+.PHONY: verify test test-kernels lint bench bench-quick bench-full bench-gpu clean
 
 verify: .venv/installed-verify
 	.venv/bin/python -m mlp_backprop verify
@@ -20,11 +22,19 @@ verify: .venv/installed-verify
 test: .venv/installed-test bench-quick
 	.venv/bin/python -m pytest
 
+test-kernels: .venv/installed-test
+	.venv/bin/python -m pytest -m kernels
+
 # The results of bench-quick show that the benchmarks run, not how fast anything is.
 bench-quick bench bench-full: .venv/installed-test
 	mkdir -p build
 	.venv/bin/python -m mlp_backprop bench --json build/$@.json \
 		--selection $(or $(patsubst bench-%,%,$(filter-out bench,$@)),default)
+
+# Machines with a card are often offline, and have a torch of their own: all stays as it is.
+bench-gpu:
+	mkdir -p build
+	PYTHONPATH=. $(PYTHON) benchmarks/bench_gpu.py --json build/$@.json
 
 lint: .venv/installed-lint
 	.venv/bin/ruff format --check $(SOURCES)

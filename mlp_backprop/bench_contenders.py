@@ -88,9 +88,15 @@ def _prepared(backend: str, task: Task) -> Ready:
 
 def _derivation(task: Task) -> Ready:
     """The derivation as it stands, on the arrays' own dtype."""
-    options = {"activation": task.activation, "loss": task.loss, "backend": "numpy"}
+    options: dict[str, Any] = {"activation": task.activation, "loss": task.loss}
     spec, *arrays = validation.problem(
-        task.params, task.X, task.y, reduction="mean", sample_weight=None, **options
+        task.params,
+        task.X,
+        task.y,
+        reduction="mean",
+        sample_weight=None,
+        backend="numpy",
+        **options,
     )
     run = backprop.plan(spec)
 

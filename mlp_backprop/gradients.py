@@ -1,15 +1,36 @@
 """The public functions on a whole net: check the arguments, plan, run, divide once."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
 from mlp_backprop import backprop, namespaces, validation
 from mlp_backprop.types import Array, Layer, Params
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 # inf and nan in the data are results like any other (IEEE 754): NumPy need not warn of them.
 quietly = np.errstate(all="ignore")
+
+
+def on_callers_stream(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Run a public function where torch runs, if it is given torch's tensors on a GPU for CuPy."""
+
+    @wraps(function)
+    def call(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        backend: Any = options.get("backend")
+        with namespaces.callers_stream((*args, *options.values()), backend):
+            return function(*args, **options)
+
+    return call
+
+
+def public(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """What public functions have around them: the stream of their arguments, and quiet."""
+    return on_callers_stream(quietly(function))
 
 
 class LossAndGrads(NamedTuple):
@@ -34,7 +55,7 @@ class Trace(NamedTuple):
     grads: list[Layer]
 
 
-@quietly
+@public
 def compute_grads(
     params: Params,
     X: Array,
@@ -45,6 +66,7 @@ def compute_grads(
     reduction: str = "mean",
     sample_weight: Array | None = None,
     backend: str | None = None,
+    precision: str = "float32",
 ) -> LossAndGrads:
     """Compute a loss and its exact gradient with respect to every weight and bias.
 
@@ -76,7 +98,13 @@ def compute_grads(
     backend : {"numpy", "cupy", "torch", "jax"}, optional
         None: the library of the arrays. A name takes NumPy arrays as well, which are copied to
         that library; the results stay there. "torch" means tensors as arrays: nothing is
-        recorded by autograd, and nothing returned requires a gradient.
+        recorded by autograd, and nothing returned requires a gradient. "cupy" takes torch tensors
+        on a GPU too, without a copy, and works on torch's current stream.
+    precision : {"float32", "float32_exact", "tf32", "bfloat16"}
+        How "cupy" multiplies matrices of float32; sums are in float32. "float32": on tensor cores
+        where that is as accurate as float32. "float32_exact": in float32 arithmetic. "tf32" and
+        "bfloat16": with factors rounded to 11 and 8 bits. docs/gpu.md has the errors seen in
+        emulation; none has been measured on a card yet.
 
     Returns
     -------
@@ -123,8 +151,9 @@ def compute_grads(
         reduction=reduction,
         sample_weight=sample_weight,
         backend=backend,
+        precision=precision,
     )
-    run = namespaces.plan(spec, X.shape[0], backend)
+    run = namespaces.plan(spec, X.shape[0], backend, precision)
     return reduced(spec, run(layers, X, y, weight), reduction)
 
 
@@ -133,7 +162,7 @@ def reduced(spec: backprop.Spec, sums: backprop.Sums, reduction: str) -> LossAnd
     return LossAndGrads(*sums.divided(spec, sums.weight if reduction == "mean" else 1.0))
 
 
-@quietly
+@public
 def forward(
     params: Params,
     X: Array,
@@ -163,7 +192,7 @@ def forward(
     return backprop.forward(*net)[1][-1]
 
 
-@quietly
+@public
 def trace(
     params: Params,
     X: Array,

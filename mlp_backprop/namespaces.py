@@ -6,7 +6,9 @@ namespace; for other libraries array-api-compat finds or completes theirs.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -213,6 +215,42 @@ def as_plain(array: Array) -> Array:
 _BARE_INTEGERS = {"torch.uint16", "torch.uint32", "torch.uint64"}
 
 
+def shared(array: Array, backend: str | None) -> Array:
+    """A torch tensor on a GPU as a CuPy array on the same memory, where backend="cupy" is named."""
+    if backend != "cupy" or not _is_on_cuda(array):
+        return array
+    return importlib.import_module("cupy").from_dlpack(array)
+
+
+def callers_stream(
+    arguments: Iterable[object], backend: str | None
+) -> AbstractContextManager[None]:
+    """torch's current stream while CuPy works on torch's memory; else all stays as it is.
+
+    torch takes everything on its own stream to come in order, so that a tensor may be freed or
+    written to as soon as the call is back.
+    """
+    tensor = next(filter(_is_on_cuda, arguments), None) if backend == "cupy" else None
+    return _AS_IT_IS if tensor is None else _torch_stream(tensor)
+
+
+_AS_IT_IS = nullcontext()
+
+
+def _is_on_cuda(array: object) -> bool:
+    """Whether it is a torch tensor there."""
+    return bool(getattr(array, "is_cuda", False))
+
+
+@contextmanager
+def _torch_stream(tensor: Array) -> Iterator[None]:
+    cuda = importlib.import_module("cupy").cuda
+    pointer = importlib.import_module("torch").cuda.current_stream(tensor.device).cuda_stream
+    handle = SimpleNamespace(__cuda_stream__=lambda: (0, pointer))  # torch's own from 2.10 on
+    with cuda.Device(tensor.device.index), cuda.Stream.from_external(handle):
+        yield
+
+
 def is_sparse(array: Array) -> bool:
     """Whether a torch tensor is of a sparse layout."""
     return str(getattr(array, "layout", "")).startswith("torch.sparse")
@@ -230,7 +268,9 @@ def is_writeable(xp: Namespace, array: Array) -> bool:
     return library_name(xp) != "jax"
 
 
-def plan(spec: backprop.Spec, n: int, backend: str | None) -> backprop.Run:
+def plan(
+    spec: backprop.Spec, n: int, backend: str | None, precision: str = "float32"
+) -> backprop.Run:
     """The engine for a problem of up to n rows: the first that covers it, or the derivation."""
     run = None
     if backend == "numba":
@@ -239,4 +279,8 @@ def plan(spec: backprop.Spec, n: int, backend: str | None) -> backprop.Run:
         run = numba_engine.plan(spec, n)
     if run is None and spec.xp is np:
         run = numpy_tiles.plan(spec, n)
+    if spec.xp is not np and library_name(spec.xp) == "cupy":
+        from mlp_backprop.engines import cupy_engine
+
+        run = cupy_engine.plan(spec, n, precision)
     return run or backprop.plan(spec)

@@ -13,7 +13,6 @@ from mlp_backprop.backprop import Spec
 from mlp_backprop.gradients import LossAndGrads, quietly, reduced
 from mlp_backprop.types import Array, Layer, Params, flat
 
-_NDARRAY = {np.ndarray}
 _kind = attrgetter("shape", "dtype")
 
 
@@ -25,6 +24,7 @@ def prepare_grads(
     loss: str = "squared_error",
     reduction: str = "mean",
     backend: str | None = None,
+    precision: str = "float32",
 ) -> "PreparedGrads":
     """Prepare `compute_grads` for many calls with nets and batches of the same shapes.
 
@@ -34,7 +34,7 @@ def prepare_grads(
         Any parameters of the shapes, dtype and library to come; the values do not matter.
     n : int
         The most rows that a batch will have.
-    activation, loss, reduction, backend
+    activation, loss, reduction, backend, precision
         As for `compute_grads`.
 
     Returns
@@ -51,6 +51,8 @@ def prepare_grads(
     ------
     ValueError, TypeError, ImportError
         As `compute_grads`, now and in every call: wrong shapes and values are still refused.
+        On CuPy values are not looked at, for that would wait for the device: there a label out
+        of range makes the loss nan.
 
     Examples
     --------
@@ -69,6 +71,7 @@ def prepare_grads(
         "loss": loss,
         "reduction": reduction,
         "backend": backend,
+        "precision": precision,
     }
     return PreparedGrads(validation.specification(params, **options), int(n), options)
 
@@ -79,7 +82,9 @@ class PreparedGrads:
     def __init__(self, spec: Spec, n: int, options: dict[str, Any]) -> None:
         self._spec, self._n, self._options = spec, n, options
         self._values_matter = spec.loss.targets != "real"
-        self._run = namespaces.plan(spec, n, options["backend"])
+        self._on_gpu = namespaces.library_name(spec.xp) == "cupy"
+        self._array_types = {spec.xp.ndarray} if spec.xp is np or self._on_gpu else set()
+        self._run = namespaces.plan(spec, n, options["backend"], options["precision"])
         self._shapes = flat(((n_out, n_in), (n_out,)) for n_in, n_out in pairwise(spec.sizes))
         self._kinds = [(shape, spec.dtype) for shape in self._shapes]
 
@@ -94,28 +99,29 @@ class PreparedGrads:
         out: Params | None = None,
     ) -> LossAndGrads:
         """Loss and gradients, as `compute_grads` gives them."""
-        reduction = self._options["reduction"]
         if self._fits(params, X, y, sample_weight):
-            layers: Any = params
             if self._values_matter or sample_weight is not None or len(X) == 0:
                 self._check_values(X, y, sample_weight)
-        else:
-            layers, X, y, sample_weight = self._checked(params, X, y, sample_weight)
-        if X.shape[0] > self._n:
-            raise ValueError(f"prepared for up to {self._n} rows, X has {X.shape[0]}")
+            return self._call((params, X, y, sample_weight), out)
+        with namespaces.callers_stream([X], self._options["backend"]):
+            return self._call(self._checked(params, X, y, sample_weight), out)
+
+    def _call(self, arrays: tuple[Any, Array, Array, Array | None], out: Any) -> LossAndGrads:
+        n = arrays[1].shape[0]
+        if n > self._n:
+            raise ValueError(f"prepared for up to {self._n} rows, X has {n}")
         if out is not None:
             self._check_out(out)
-        sums = self._run(layers, X, y, sample_weight)
-        loss, grads = reduced(self._spec, sums, reduction)
+        loss, grads = reduced(self._spec, self._run(*arrays), self._options["reduction"])
         return LossAndGrads(loss, grads if out is None else _written(grads, out))
 
     def _fits(self, params: Any, X: Any, y: Any, weight: Any) -> bool:
-        """Whether all are NumPy arrays of the right shapes and dtype, as they mostly are.
+        """Whether all are NumPy or CuPy arrays of the right shapes and dtype, as they mostly are.
 
         Everything else, right or wrong, is for the full checks. This one is on the way of every
         small call, so it is written to be fast.
         """
-        if self._spec.xp is not np or type(X) is not np.ndarray or type(params) is not list:
+        if type(X) not in self._array_types or type(params) is not list:
             return False
         rows, sizes, dtype = X.shape[:1], self._spec.sizes, self._spec.dtype
         arrays: list[Any] = []
@@ -131,27 +137,32 @@ class PreparedGrads:
         if weight is not None:
             arrays.append(weight)
             expected.append((rows, dtype))
-        return {*map(type, arrays)} == _NDARRAY and [*map(_kind, arrays)] == expected
+        return {*map(type, arrays)} == self._array_types and [*map(_kind, arrays)] == expected
 
     def _are_labels(self, y: Any, rows: tuple[int, ...]) -> bool:
         return (
             self._spec.loss.targets == "class"
-            and type(y) is np.ndarray
+            and type(y) in self._array_types
             and y.shape == rows
             and y.dtype.kind in "iu"
             and y.dtype.isnative
         )
 
     def _check_values(self, X: Array, y: Array, weight: Array | None) -> None:
-        loss = self._spec.loss
-        validation.check_target_values(Argument("y", y, np), loss, self._spec.sizes[-1])
-        weights = None if weight is None else Argument("sample_weight", weight, np)
-        validation.check_weights(weights, len(X), self._options["reduction"])
+        xp, reduction = self._spec.xp, self._options["reduction"]
+        weights = None if weight is None else Argument("sample_weight", weight, xp)
+        validation.check_weight_shape(weights, len(X), reduction)
+        if self._on_gpu:
+            return
+        validation.check_target_values(Argument("y", y, xp), self._spec.loss, self._spec.sizes[-1])
+        validation.check_weight_values(weights, reduction)
 
     def _checked(self, *arrays: Any) -> tuple[list[Layer], Array, Array, Array | None]:
         """The arguments after all the checks and conversions of `compute_grads`."""
         params, X, y, weight = arrays
-        spec, *placed = validation.problem(params, X, y, sample_weight=weight, **self._options)
+        spec, *placed = validation.problem(
+            params, X, y, sample_weight=weight, look_at_values=not self._on_gpu, **self._options
+        )
         if spec != self._spec:
             raise ValueError(
                 f"prepared for {_described(self._spec)}; the arguments are {_described(spec)}"

@@ -7,12 +7,15 @@ maths behind this file never asks again.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from mlp_backprop import namespaces
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.arguments import (
     Argument,
+    Home,
     check_same_dtype,
     common_dtype,
     common_home,
+    dtype_name,
     read,
     read_params,
     table_row,
@@ -23,6 +26,14 @@ from mlp_backprop.losses import LOSSES, Loss
 from mlp_backprop.types import Array, Layer, Namespace, Params, flat
 
 REDUCTIONS = {"mean": "divided by the sum of the weights", "sum": "not divided"}
+
+# What backend "cupy" may do with the factors of a product of float32 arrays; sums are in float32.
+PRECISIONS = {
+    "float32": "split over tensor cores, where the result stays as accurate as float32",
+    "float32_exact": "nothing: float32 arithmetic",
+    "tf32": "round them to 11 bits",
+    "bfloat16": "round them to 8 bits",
+}
 
 
 class Network(NamedTuple):
@@ -44,10 +55,12 @@ class Problem(NamedTuple):
     weight: Array | None
 
 
-def network(params: Params, X: Array, *, activation: Any, backend: str | None) -> Network:
+def network(
+    params: Params, X: Array, *, activation: Any, backend: str | None, name: str = "X"
+) -> Network:
     """Check the arguments of a forward pass."""
-    layers = read_params(params)
-    inputs = read("X", X)
+    layers = _shared_layers(read_params(params), backend)
+    inputs = _shared(read(name, X), backend)
     rows = activation_rows(activation, len(layers))
     home = common_home([*flat(layers), inputs], backend)
     check_layer_shapes(layers)
@@ -67,12 +80,16 @@ def problem(
     reduction: Any,
     sample_weight: Array | None,
     backend: str | None,
+    precision: Any = "float32",
+    look_at_values: bool = True,
 ) -> Problem:
-    """Check the arguments of a gradient."""
-    layers = read_params(params)
+    """Check the arguments of a gradient; looking at values on a device waits for it."""
+    layers = _shared_layers(read_params(params), backend)
     rows, loss_row = table_rows(len(layers), activation, loss, reduction)
-    inputs, targets = read("X", X), read("y", y)
-    weight = None if sample_weight is None else read("sample_weight", sample_weight)
+    inputs, targets = _shared(read("X", X), backend), _shared(read("y", y), backend)
+    weight = None
+    if sample_weight is not None:
+        weight = _shared(read("sample_weight", sample_weight), backend)
 
     data = [inputs, targets] if weight is None else [inputs, targets, weight]
     home = common_home([*flat(layers), *data], backend)
@@ -81,8 +98,11 @@ def problem(
     labels = check_target_shape(targets, loss_row, n, sizes[-1])
     dtype = common_dtype(layers, home)
     check_same_dtype([a for a in data if not (labels and a is targets)], dtype)
-    check_target_values(targets, loss_row, sizes[-1])
-    check_weights(weight, n, reduction)
+    check_precision(precision, home, dtype)
+    check_weight_shape(weight, n, reduction)
+    if look_at_values:
+        check_target_values(targets, loss_row, sizes[-1])
+        check_weight_values(weight, reduction)
 
     placed = home.place_params(layers, dtype)
     return Problem(
@@ -95,15 +115,65 @@ def problem(
 
 
 def specification(
-    params: Params, *, activation: Any, loss: Any, reduction: Any, backend: str | None
+    params: Params,
+    *,
+    activation: Any,
+    loss: Any,
+    reduction: Any,
+    backend: str | None,
+    precision: Any = "float32",
 ) -> Spec:
     """Check what is known before data comes: the parameters and the names."""
-    layers = read_params(params)
+    layers = _shared_layers(read_params(params), backend)
     rows, loss_row = table_rows(len(layers), activation, loss, reduction)
     home = common_home(flat(layers), backend)
     sizes = check_layer_shapes(layers)
-    placed = home.place_params(layers, common_dtype(layers, home))
+    dtype = common_dtype(layers, home)
+    check_precision(precision, home, dtype)
+    placed = home.place_params(layers, dtype)
     return Spec(home.xp, sizes, placed[0].W.dtype, rows, loss_row)
+
+
+def like_params(value: Params, name: str, params: list[Layer], backend: str | None) -> list[Layer]:
+    """Check and place what must have the structure of parameters that are placed already."""
+    layers = _shared_layers(read_params(value, name), backend)
+    shapes = [tuple(a.array.shape) for a in flat(layers)]
+    expected = [tuple(A.shape) for A in flat(params)]
+    if shapes != expected:
+        raise ValueError(f"{name} must have the shapes of params, {expected}, got {shapes}")
+    placed = iter(_placed_like(flat(layers), params[0].W, backend))
+    return [Layer(W, b) for W, b in zip(placed, placed, strict=True)]
+
+
+def like_outputs(value: Array, name: str, X: Array, params: list[Layer], backend: Any) -> Array:
+    """Check and place an array (n, d_L), beside inputs and parameters that are placed already."""
+    argument = _shared(read(name, value), backend)
+    expected = (X.shape[0], params[-1].b.shape[0])
+    if tuple(argument.array.shape) != expected:
+        raise ValueError(
+            f"{name} must have the shape of the outputs, {expected}, got {_shape(argument)}"
+        )
+    return _placed_like([argument], X, backend)[0]
+
+
+def _placed_like(arguments: list[Argument], like: Array, backend: str | None) -> list[Array]:
+    """In the library and dtype and on the device of an array that is placed already."""
+    dtype = dtype_name(like.dtype)
+    home = common_home([read("params", like), *arguments], backend)
+    check_same_dtype(arguments, dtype)
+    return [home.place(argument, dtype) for argument in arguments]
+
+
+def _shared(argument: Argument, backend: str | None) -> Argument:
+    """The argument, or the same memory as an array of the backend's library."""
+    array = namespaces.shared(argument.array, backend)
+    return argument if array is argument.array else read(argument.name, array)
+
+
+def _shared_layers(layers: list[Layer], backend: str | None) -> list[Layer]:
+    if backend != "cupy":  # on the way of every small call
+        return layers
+    return [Layer(_shared(W, backend), _shared(b, backend)) for W, b in layers]
 
 
 def table_rows(
@@ -181,16 +251,17 @@ def _layer_mismatch(l: int, n_out: int, n_in: int, n_bias: int, below: int) -> s
 
 def check_inputs(X: Argument, layers: list[Layer]) -> int:
     """The number of samples, once X is seen to fit the first layer."""
-    n_in = layers[0].W.array.shape[1]
+    n_in, name = layers[0].W.array.shape[1], X.name
     if X.array.ndim != 2:
-        fix = "; X[None, :] for one sample, X[:, None] for one feature" if X.array.ndim == 1 else ""
+        one = f"; {name}[None, :] for one sample, {name}[:, None] for one feature"
         raise ValueError(
-            f"X must have two dimensions, (n, {n_in}): one row per sample; got {_shape(X)}{fix}"
+            f"{name} must have two dimensions, (n, {n_in}): one row per sample; got {_shape(X)}"
+            + (one if X.array.ndim == 1 else "")
         )
     n, width = X.array.shape
     if width != n_in:
-        hint = "; X would fit transposed: pass X.T" if n == n_in else ""
-        raise ValueError(f"X has {width} columns, W of layer 1 takes {n_in} inputs{hint}")
+        hint = f"; {name} would fit transposed: pass {name}.T" if n == n_in else ""
+        raise ValueError(f"{name} has {width} columns, W of layer 1 takes {n_in} inputs{hint}")
     return int(n)
 
 
@@ -231,18 +302,33 @@ def check_target_values(y: Argument, loss: Loss, width: int) -> None:
         _refuse(y, (y.array < 0) | (y.array > 1), "probabilities from 0 to 1")
 
 
-def check_weights(weight: Argument | None, n: int, reduction: str) -> None:
-    """Weights (n,), not negative; a mean over nothing is refused."""
-    if weight is None:
-        if n == 0 and reduction == "mean":
-            raise ValueError("X has no rows: a mean over none is undefined; use reduction='sum'")
-        return
-    if tuple(weight.array.shape) != (n,):
+def check_weight_shape(weight: Argument | None, n: int, reduction: str) -> None:
+    """Weights (n,); a mean over no rows is refused."""
+    if weight is not None and tuple(weight.array.shape) != (n,):
         raise ValueError(f"sample_weight must have shape ({n},), got {_shape(weight)}")
+    if n == 0 and reduction == "mean":
+        raise ValueError("X has no rows: a mean over none is undefined; use reduction='sum'")
+
+
+def check_weight_values(weight: Argument | None, reduction: str) -> None:
+    """Not negative, and not all zero if a mean is divided by their sum."""
+    if weight is None:
+        return
     _refuse(weight, weight.array < 0, "weights that are not negative")
     if reduction == "mean" and bool(weight.xp.all(weight.array == 0)):
         raise ValueError(
             "the sample weights are all zero: a mean is divided by their sum; use reduction='sum'"
+        )
+
+
+def check_precision(precision: object, home: Home, dtype: str) -> None:
+    """A name of PRECISIONS; any but the default is for float32 on backend "cupy" alone."""
+    table_row("precision", precision, PRECISIONS)
+    library = namespaces.library_name(home.xp)
+    if precision != "float32" and (library, dtype) != ("cupy", "float32"):
+        raise ValueError(
+            f"precision={precision!r} is for float32 arrays under backend 'cupy'; these are "
+            f"{library} arrays of {dtype}, computed in {dtype}: leave precision out"
         )
 
 

@@ -33,13 +33,29 @@ IMPORTS = {
         "engines.threads types",
         "numba numpy",
     ),
+    "engines.cuda_build": ("", "cupy"),
+    "engines.cublaslt": ("", "cuda"),
+    "engines.cuda_tiny": ("backprop engines.cuda_build types", "cupy numpy"),
+    "engines.cuda_warp_tiles": (
+        "backprop engines.cuda_build engines.cuda_tiny types",
+        "cupy numpy",
+    ),
+    "engines.cuda_layer_shapes": ("backprop engines.cublaslt engines.cuda_tiny", "numpy"),
+    "engines.cuda_layers": (
+        "backprop engines.cublaslt engines.cuda_build engines.cuda_layer_shapes types",
+        "cupy",
+    ),
+    "engines.cupy_engine": (
+        "backprop engines.cuda_layers engines.cuda_tiny engines.cuda_warp_tiles types",
+        "cupy",
+    ),
     # Libraries and arguments.
     "namespaces": (
-        "backprop engines.numba_engine engines.numpy_tiles types",
+        "backprop engines.cupy_engine engines.numba_engine engines.numpy_tiles types",
         "array_api_compat numpy",
     ),
     "arguments": ("namespaces types", "numpy"),
-    "validation": ("activations arguments backprop losses types", ""),
+    "validation": ("activations arguments backprop losses namespaces types", ""),
     # Public functions.
     "gradients": ("backprop namespaces types validation", "numpy"),
     "prepared": ("arguments backprop gradients namespaces types validation", "numpy"),
@@ -81,7 +97,14 @@ IMPORTS = {
 ONLY_IN = {
     "array_api_compat": {"namespaces"},
     "autograd": {"bench_contenders"},
-    "cupy": set(),
+    "cuda": {"engines.cublaslt"},
+    "cupy": {
+        "engines.cuda_build",
+        "engines.cuda_layers",
+        "engines.cuda_tiny",
+        "engines.cuda_warp_tiles",
+        "engines.cupy_engine",
+    },
     "jax": {"bench_contenders"},
     "matplotlib": {"bench_charts"},
     "numba": {"engines.numba_engine", "engines.numba_formulas", "engines.numba_kernels"},

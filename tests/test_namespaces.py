@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from oracles import assert_grads_close, make_problem
 
-from mlp_backprop import backends, compute_grads, forward, namespaces, trace
+from mlp_backprop import backends, compute_grads, forward, namespaces, prepare_grads, trace
 
 PROBLEM = make_problem(sizes=(3, 4, 2), n=5, activation="sigmoid", weighted=True)
 
@@ -203,3 +203,77 @@ def test_the_namespace_of_an_array(backend):
     xp = namespaces.namespace_of(backend.array(np.ones(2)))
     assert namespaces.library_name(xp) == backend.name
     assert (xp is np) == (backend.name == "numpy")
+
+
+# torch tensors under backend="cupy" --------------------------------------------------------------
+
+
+class Noted:
+    """A context manager that notes when it is entered and left."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def __enter__(self):
+        self.log.append(f"in {self.name}")
+
+    def __exit__(self, *error):
+        self.log.append(f"out of {self.name}")
+
+
+@pytest.fixture
+def shared_memory(monkeypatch):
+    """A tensor on cuda:1, where torch's current stream is 7, and a log of what CuPy is asked."""
+    log = []
+    cuda = SimpleNamespace(
+        Device=lambda index: Noted(log, f"device {index}"),
+        Stream=SimpleNamespace(
+            from_external=lambda stream: Noted(log, f"stream {stream.__cuda_stream__()}")
+        ),
+    )
+    cupy = SimpleNamespace(cuda=cuda, from_dlpack=lambda array: ("shared", array))
+    current_stream = lambda device: SimpleNamespace(cuda_stream=7)  # noqa: E731
+    torch = SimpleNamespace(cuda=SimpleNamespace(current_stream=current_stream))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    return SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=1)), log
+
+
+def test_cupy_works_on_the_memory_and_the_stream_of_torch(shared_memory):
+    tensor, log = shared_memory
+    assert namespaces.shared(tensor, "cupy") == ("shared", tensor)
+    with namespaces.callers_stream([1, tensor], "cupy"):
+        log.append("work")
+    outwards = ["out of stream (0, 7)", "out of device 1"]
+    assert log == ["in device 1", "in stream (0, 7)", "work", *outwards]
+
+
+@pytest.mark.parametrize("name", [None, "torch", "numpy"])
+def test_only_where_cupy_is_named(shared_memory, name):
+    tensor, log = shared_memory
+    assert namespaces.shared(tensor, name) is tensor
+    with namespaces.callers_stream([1, tensor], name):
+        assert log == []
+
+
+def test_only_what_lies_on_a_gpu():
+    for array in (np.ones(3), [1.0], SimpleNamespace(is_cuda=False)):
+        assert namespaces.shared(array, "cupy") is array
+        with namespaces.callers_stream([array], "cupy"):
+            pass
+
+
+def test_every_argument_may_be_shared(monkeypatch):
+    """Played by adding 1: all arrays must come out of `shared`."""
+    problem = make_problem(n=5, weighted=True)
+    expected = call(problem.map(lambda A: A + 1))
+    outputs = forward([(W + 1, b + 1) for W, b in problem.params], problem.X + 1)
+    monkeypatch.setattr(namespaces, "shared", lambda array, backend: array + 1)
+    np.testing.assert_array_equal(forward(problem.params, problem.X), outputs)
+    options = {key: value for key, value in problem.options.items() if key != "sample_weight"}
+    weight = problem.options["sample_weight"]
+    arrays = [[list(map(np.asfortranarray, layer)) for layer in problem.params], problem.X]
+    prepared = prepare_grads(problem.params, n=5, **options)(*arrays, problem.y, weight)
+    for loss, grads in (call(problem), prepared):
+        assert loss == expected.loss
+        assert_grads_close(grads, expected.grads, 1e-14)

@@ -5,7 +5,8 @@ import pytest
 from numpy.testing import assert_array_equal
 from oracles import LOSSES, make_problem
 
-from mlp_backprop import Layer, compute_grads, prepare_grads
+from mlp_backprop import Layer, compute_grads, namespaces, prepare_grads
+from mlp_backprop.engines import cupy_engine
 from mlp_backprop.types import flat
 
 
@@ -336,3 +337,29 @@ def test_jax_arrays_cannot_be_out():
         call(prepare(problem), problem, out=problem.params)
     with pytest.raises(ValueError, match="out must be a list of"):
         call(prepare(problem), problem, out=GOOD)
+
+
+# On a GPU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("container", [list, tuple])  # the short way through, and the long one
+def test_on_cupy_values_are_not_looked_at(monkeypatch, container, weighted):
+    """Which would wait for the device. Played by NumPy; shapes are checked all the same."""
+    problem = make_problem(loss="softmax_cross_entropy", weighted=weighted)
+    problem = problem._replace(params=container(problem.params))
+    expected = run(problem)
+    monkeypatch.setattr(namespaces, "library_name", lambda xp: "cupy")
+    monkeypatch.setattr(namespaces, "plan", lambda spec, *_: cupy_engine.derivation(spec))
+    grad_fn = prepare(problem, precision="float32")
+    assert call(grad_fn, problem).loss == pytest.approx(expected.loss)
+    problem.y[1] = 4
+    if weighted:
+        problem.options["sample_weight"][0] = -1
+    with pytest.raises(ValueError, match="class indices from 0 to 3"):
+        run(problem)
+    assert np.isnan(call(grad_fn, problem).loss)
+    with pytest.raises(ValueError, match="X has 4 columns"):
+        call(grad_fn, problem._replace(X=np.zeros((7, 4))))
+    with pytest.raises(ValueError, match="no rows"):
+        call(grad_fn, first_rows(problem, 0))

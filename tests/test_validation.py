@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 from oracles import assert_close, assert_grads_close
 
-from mlp_backprop import check_grads, compute_grads, forward, init_params, trace
+from mlp_backprop import (
+    check_grads,
+    compute_grads,
+    forward,
+    init_params,
+    namespaces,
+    prepare_grads,
+    trace,
+    validation,
+)
 from mlp_backprop.activations import ACTIVATIONS
+from mlp_backprop.arguments import Home
 
 RNG = np.random.default_rng(0)
 PARAMS = init_params([2, 3, 1], RNG)
@@ -333,6 +343,46 @@ def test_refused_on_every_backend(backend, name):
 def test_trace_refuses_the_same():
     assert_refused(trace, GOOD | {"y": Y[:, 0]}, ValueError, "never broadcast")
     assert_refused(trace, GOOD | {"loss": "poison"}, ValueError, "did you mean 'poisson'")
+
+
+PRECISION_REFUSED = {
+    "misspelt": (
+        "tf23",
+        ValueError,
+        "unknown precision 'tf23'; known: float32, float32_exact, tf32, bfloat16; .* 'tf32'",
+    ),
+    "a dtype": (np.float32, TypeError, r"precision must be a name \(str\), got type"),
+    "without a GPU": (
+        "tf32",
+        ValueError,
+        "precision='tf32' is for float32 arrays under backend 'cupy'; these are .* arrays of "
+        "float32, computed in float32: leave precision out",
+    ),
+    "without a GPU, though exact": ("float32_exact", ValueError, "leave precision out"),
+}
+
+
+@pytest.mark.parametrize("name", PRECISION_REFUSED)
+def test_precision_refused(backend, name):
+    precision, error, message = PRECISION_REFUSED[name]
+    if backend.name == "cupy" and error is ValueError and precision != "tf23":
+        pytest.skip("a choice that CuPy has")
+    call = map_arrays(GOOD, lambda A: backend.array(A.astype(np.float32)))
+    change = {"precision": precision}
+    assert_refused(compute_grads, call | change, error, message, numpy=backend.numpy)
+    with pytest.raises(error, match=message):
+        prepare_grads(call["params"], n=5, precision=precision)
+
+
+def test_precision_of_float64_is_its_own(monkeypatch):
+    """On CuPy too, here played by NumPy: only float32 has a choice."""
+    monkeypatch.setattr(namespaces, "library_name", lambda xp: "cupy")
+    home = Home(np, None)
+    for name in validation.PRECISIONS:
+        validation.check_precision(name, home, "float32")
+    validation.check_precision("float32", home, "float64")
+    with pytest.raises(ValueError, match="these are cupy arrays of float64, computed in float64"):
+        validation.check_precision("bfloat16", home, "float64")
 
 
 # Libraries, dtypes and devices together ----------------------------------------------------------

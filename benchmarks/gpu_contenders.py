@@ -1,0 +1,230 @@
+"""The contenders of the GPU benchmark: every way to one loss and gradient on the same card.
+
+A task holds CuPy arrays of float32, which every builder takes without a copy. Rounding is the same
+on both sides:
+
+    precision   ours                     torch                     JAX
+    float32     precision="float32"      products in float32       products in float32
+    tf32        precision="tf32"         products in TF32          products in TF32
+    bfloat16    precision="bfloat16"     all tensors in bfloat16   all arrays in bfloat16
+
+Ours takes float32 arrays in each. NumPy arrays do as well: so the tests run this file without a
+card, all but the CUDA graphs.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from mlp_backprop import backprop, compute_grads, prepare_grads, validation
+from mlp_backprop.bench_contenders import Answer, Contender, Ready, Task
+from mlp_backprop.gradients import reduced
+from mlp_backprop.types import flat
+
+
+def on_host(array: Any) -> np.ndarray:
+    """A NumPy copy in float64, of a CuPy, JAX or NumPy array."""
+    return np.array(array.get() if hasattr(array, "get") else array, dtype=float)
+
+
+def _read(result: Any) -> Answer:
+    loss, grads = result
+    return Answer(float(loss), [on_host(A) for A in flat(grads)])
+
+
+def _options(task: Task) -> dict[str, Any]:
+    return {"activation": task.names, "loss": task.loss}
+
+
+# Ours --------------------------------------------------------------------------------------------
+
+
+def _prepared(task: Task, precision: str) -> Ready:
+    grad_fn = prepare_grads(task.params, n=len(task.X), precision=precision, **_options(task))
+    return Ready(lambda: grad_fn(task.params, task.X, task.y), _read)
+
+
+def _call(task: Task, precision: str) -> Ready:
+    params, X, y = task[:3]
+    options = _options(task)
+    return Ready(lambda: compute_grads(params, X, y, precision=precision, **options), _read)
+
+
+def _tier(name: str, task: Task, precision: str) -> Ready:
+    """One tier of the CuPy engine, also where the engine would take another."""
+    from mlp_backprop.engines import cupy_engine
+
+    tier = import_module(f"mlp_backprop.engines.{name}")
+
+    def plan(spec: Any, n: int, precision: str) -> Any:
+        run = tier.plan(spec, n, precision)
+        return run and (lambda *arrays: cupy_engine.in_one_array(spec, run(*arrays)))
+
+    return _pass(plan, task, precision)
+
+
+def _derivation(task: Task, precision: str) -> Ready:
+    """backprop.py on the arrays' library, one operation after the other."""
+    if precision != "float32":
+        raise ValueError("the derivation computes in float32")
+    return _pass(lambda spec, n, precision: backprop.plan(spec), task, precision)
+
+
+def _pass(plan: Any, task: Task, precision: str) -> Ready:
+    spec, *arrays = validation.problem(
+        *task[:3], reduction="mean", sample_weight=None, backend=None, **_options(task)
+    )
+    run = plan(spec, len(task.X), precision)
+    if run is None:
+        raise ValueError("this net is not covered")
+    return Ready(lambda: reduced(spec, run(*arrays), "mean"), _read)
+
+
+# torch -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def torch_precision(precision: str) -> Iterator[None]:
+    """Whether torch may use TF32, which is a switch of the whole process there."""
+    import torch
+
+    kept = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(kept)
+
+
+def _torch(
+    task: Task, precision: str, *, compile_mode: str | None = None, graph: bool = False
+) -> Ready:
+    import torch
+    import torch.nn.functional as F
+
+    from mlp_backprop import torch_reference
+
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    X, y = torch.from_dlpack(task.X).to(dtype), torch.from_dlpack(task.y)
+    y = y if y.ndim == 1 else y.to(dtype)
+    leaves = [torch.from_dlpack(A).to(dtype, copy=True).requires_grad_() for A in flat(task.params)]
+    names = task.names
+
+    def loss_of(leaves: Any, X: Any, y: Any) -> Any:
+        params = list(zip(leaves[::2], leaves[1::2], strict=True))
+        H = torch_reference.forward(params, X, names)
+        if task.loss == "softmax_cross_entropy":
+            return F.cross_entropy(H, y)
+        return F.mse_loss(H, y, reduction="sum") / len(X)
+
+    if compile_mode is not None:
+        torch.compiler.reset()  # else it would give up on static shapes after the first few
+        loss_of = torch.compile(loss_of, dynamic=False, mode=compile_mode)
+
+    def call() -> Any:
+        if compile_mode == "max-autotune":  # it replays CUDA graphs, over their last outputs
+            torch.compiler.cudagraph_mark_step_begin()
+        loss = loss_of(leaves, X, y)
+        return loss, torch.autograd.grad(loss, leaves)
+
+    def read(result: Any) -> Answer:
+        loss, grads = result
+        return Answer(loss.item(), [on_host(g.float().numpy(force=True)) for g in grads])
+
+    around = partial(torch_precision, precision)
+    if graph:
+        with around():
+            call = _captured(call)
+    return Ready(call, read, around)
+
+
+def _captured(call: Any) -> Any:
+    """The same kernels as one CUDA graph."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # torch asks for some calls on a stream before a capture
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+# JAX ---------------------------------------------------------------------------------------------
+
+JAX_PRECISIONS = {"float32": "float32", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
+
+
+def _jax(task: Task, precision: str) -> Ready:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to the others
+    import jax
+    import jax.numpy as jnp
+
+    activation = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "relu": jax.nn.relu}[task.activation]
+    dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
+    X = jnp.from_dlpack(task.X).astype(dtype)
+    y = jnp.from_dlpack(task.y.astype("int32") if task.y.ndim == 1 else task.y)
+    params = [tuple(jnp.from_dlpack(A).astype(dtype) for A in layer) for layer in task.params]
+
+    def loss_of(params: Any, X: Any, y: Any) -> Any:
+        *hidden, (W_L, b_L) = params
+        for W, b in hidden:
+            X = activation(X @ W.T + b)
+        H = X @ W_L.T + b_L
+        if task.loss == "softmax_cross_entropy":
+            return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(H), y[:, None], axis=1))
+        return jnp.mean(jnp.sum((H - y.astype(dtype)) ** 2, axis=1))
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss_of))
+
+    def call() -> Any:
+        # XLA has streams of its own, on which the timer's events are not: every call is waited for.
+        return jax.block_until_ready(value_and_grad(params, X, y))
+
+    return Ready(call, _read, lambda: jax.default_matmul_precision(JAX_PRECISIONS[precision]))
+
+
+# Tables ------------------------------------------------------------------------------------------
+
+
+QUICK = {
+    "prepared": _prepared,
+    "call": _call,
+    "cuda_tiny": partial(_tier, "cuda_tiny"),
+    "cuda_warp_tiles": partial(_tier, "cuda_warp_tiles"),
+    "cuda_layers": partial(_tier, "cuda_layers"),
+    "derivation": _derivation,
+    "torch": _torch,
+    "torch_graph": partial(_torch, graph=True),
+    "jax": _jax,
+}
+
+# These compile for half a minute, for every net and number of rows anew.
+COMPILED = {
+    "torch_compile": partial(_torch, compile_mode="default"),
+    "torch_autotune": partial(_torch, compile_mode="max-autotune"),
+}
+
+TORCH = ("torch", "torch_graph", *COMPILED)
+
+
+def contenders(builders: Mapping[str, Callable[..., Ready]], precision: str) -> list[Contender]:
+    """The rows of QUICK or COMPILED, in a precision."""
+    return [
+        Contender(name, "", "", partial(build, precision=precision))
+        for name, build in builders.items()
+    ]

@@ -1,0 +1,147 @@
+"""From the CuPy engine down to the kernels, with all but the card: emulated kernels, host memory.
+
+The tiers have tests of their own; here the engine chooses among them, and divides their sums.
+"""
+
+from types import SimpleNamespace
+
+import emulation
+import host_device
+import numpy as np
+import pytest
+from oracles import assert_close, assert_grads_close, make_problem
+
+from mlp_backprop import backprop, validation
+from mlp_backprop.engines import cuda_build, cuda_tiny, cuda_warp_tiles, cupy_engine
+from mlp_backprop.types import Layer, flat
+
+pytestmark = emulation.needs_compiler
+
+
+class Place:
+    """As cupy.cuda.MemoryPointer, on device 0: it keeps the memory alive."""
+
+    device_id = 0
+
+    def __init__(self, array, memory, offset=0):
+        self.array, self.memory, self.offset = array, memory, offset
+        self.ptr = memory.ptr + offset
+
+    def __add__(self, offset):
+        return Place(self.array, self.memory, self.offset + offset)
+
+    def __getattr__(self, name):  # what copies and clears
+        return getattr(self.memory, name)
+
+
+class Array(host_device.HostArray):
+    """On device 0 of one."""
+
+    @property
+    def data(self):
+        return Place(self, super().data)
+
+    @property
+    def device(self):
+        return self.owner.cupy.cuda.Device()
+
+
+def ndarray(shape, dtype, place):
+    """As cupy.ndarray(shape, dtype, memory)."""
+    n_bytes = np.dtype(dtype).itemsize * int(np.prod(shape))
+    there = slice(place.offset, place.offset + n_bytes)
+    return np.asarray(place.array).view(np.uint8)[there].view(dtype).reshape(shape)
+
+
+class Device(SimpleNamespace):
+    """The current device, entered again."""
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *error):
+        pass
+
+
+class Kernel:
+    """As cupy.RawKernel; it notes its name."""
+
+    max_dynamic_shared_size_bytes = 48 * 1024
+
+    def __init__(self, module, name, launches):
+        self.module, self.name, self.launches = module, name, launches
+
+    def __call__(self, grid, block, arguments, shared_mem=0):
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        self.module.launch(self.name, grid, block, *arguments, shared_bytes=shared_mem)
+        self.launches.append(self.name)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """The host's memory, with what the engine and the other tiers ask of CuPy besides."""
+    monkeypatch.setattr(host_device, "HostArray", Array)
+    host = host_device.HostDevice()
+    host.install(monkeypatch)
+    facts = vars(host.cupy.cuda.Device())
+    facts["attributes"] |= {
+        "MultiProcessorCount": 3,
+        "ComputeCapabilityMajor": 9,
+        "MaxSharedMemoryPerBlockOptin": 227 * 1024,
+        "MaxSharedMemoryPerMultiprocessor": 228 * 1024,
+    }
+    host.cupy.zeros = lambda shape, dtype: host.array(np.zeros(shape, dtype))
+    host.cupy.cuda.Device = lambda: Device(**facts)
+    host.cupy.cuda.memory = SimpleNamespace(OutOfMemoryError=MemoryError)
+
+    def module(specialisation):
+        if specialisation.source == "elements.cu":  # takes addresses inside of arrays
+            return host.module(specialisation)
+        emulated = emulation.module(specialisation)
+        return SimpleNamespace(get_function=lambda name: Kernel(emulated, name, host.launches))
+
+    monkeypatch.setattr(cuda_build, "module", module)
+    for tier in (cuda_tiny, cuda_warp_tiles):
+        monkeypatch.setattr(tier, "pointers_to", list)
+    return host
+
+
+def mean_grads(host, problem, precision):
+    """Loss and gradients as compute_grads forms them."""
+    options = problem.options | {"reduction": "mean", "backend": None}
+    spec, params, *data = validation.problem(problem.params, problem.X, problem.y, **options)
+    spec = spec._replace(xp=SimpleNamespace(**vars(np) | {"ndarray": ndarray}))
+    params = [Layer(host.array(W), host.array(b)) for W, b in params]
+    X, y, weight = (None if A is None else host.array(A) for A in data)
+    sums = cupy_engine.plan(spec, len(X), precision)(params, X, y, weight)
+    assert type(sums) is cupy_engine.OneArray
+    return sums.divided(spec, sums.weight)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "precision", "kernel", "tolerance"),
+    [
+        ((2, 10, 5, 1), "float32", "tiny", 2e-5),
+        ((2, 10, 5, 1), "bfloat16", "tiny", 2e-5),
+        ((20, 33, 10), "float32", "warp_tiles", 2e-5),
+        ((20, 33, 10), "tf32", "warp_tiles", 1e-2),
+        ((20, 33, 10), "bfloat16", "warp_tiles", 0.1),
+        ((20, 33, 10), "float32_exact", "activate", 2e-5),
+        ((3, 150, 2), "float32", "activate", 2e-5),
+        ((3, 150, 2), "bfloat16", "activate", 0.1),
+    ],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_engine_on_emulated_kernels(host, sizes, precision, kernel, tolerance, weighted):
+    problem = make_problem(sizes, 37, weighted=weighted, dtype=np.float32)
+    exact = problem.astype(np.float64)
+    options = exact.options | {"reduction": "mean", "backend": None}
+    spec, *arrays = validation.problem(exact.params, exact.X, exact.y, **options)
+    sums = backprop.plan(spec)(*arrays)
+    expected_loss, expected_grads = sums.divided(spec, sums.weight)
+    loss, grads = mean_grads(host, problem, precision)
+    assert kernel in host.launches
+    assert_close(loss, expected_loss, tolerance)
+    assert_grads_close(grads, expected_grads, tolerance)
+    assert all(A.dtype == np.float32 for A in [loss, *flat(grads)])
+    host.check_guards()
