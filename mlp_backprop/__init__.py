@@ -2,32 +2,88 @@
 
 The derivation is in backprop.py; the table of contents is here:
 
-    compute_grads    loss and gradient of every weight and bias
-    prepare_grads    the same for many calls of the same shapes
-    forward          outputs of the net
-    trace            every Z, H and delta of one pass
-    init_params      initial parameters
-    check_grads      the gradient against central differences, and torch
-    backends         which array libraries are usable here
-    Layer            the pair (W, b)
+    compute_grads           loss and gradient of every weight and bias
+    prepare_grads           the same for many calls of the same shapes
+    forward                 outputs of the net
+    trace                   every Z, H and delta of one pass
+    init_params             initial parameters
+    check_grads             the gradient, and all below, against central differences
+    backends                which array libraries are usable here
+    Layer                   the pair (W, b)
+
+    per_sample_grads        the gradient of every single sample
+    per_sample_grad_norms   their norms, without forming them
+    clipped_grads           their sum, each clipped to a norm
+
+    input_grads             gradient of the loss by the inputs
+    jacobian                outputs by inputs, or by parameters
+    input_hessian_diag      second derivatives of the outputs by each input
+    input_hessian_entries   chosen second derivatives
+    laplacian               their sum over the inputs
+    sobolev_grads           gradient of a loss with targets for slopes too
+    residual_grads          gradient of a differential equation's residual
+
+    jvp, vjp                a vector times the Jacobian, and its transpose
+    hvp, ggnvp, fisher_vp   Hessian, Gauss-Newton and Fisher matrix times a vector
+    hessian, ggn            the matrices themselves
+    linear_operator         any of them as a SciPy LinearOperator
+    ntk                     the neural tangent kernel
+    ravel_params            parameters as one vector
+    unravel_params          and back
 """
 
 from mlp_backprop.checking import check_grads
+from mlp_backprop.curvature import ggn, hessian, linear_operator, ntk
+from mlp_backprop.freed_memory import keep_freed_memory
 from mlp_backprop.gradients import compute_grads, forward, trace
+from mlp_backprop.inputs import (
+    input_grads,
+    input_hessian_diag,
+    input_hessian_entries,
+    jacobian,
+    laplacian,
+)
 from mlp_backprop.namespaces import backends
 from mlp_backprop.parameters import init_params
+from mlp_backprop.per_sample import clipped_grads, per_sample_grad_norms, per_sample_grads
 from mlp_backprop.prepared import prepare_grads
+from mlp_backprop.products import fisher_vp, ggnvp, hvp, jvp, vjp
+from mlp_backprop.residuals import residual_grads, sobolev_grads
 from mlp_backprop.types import Layer
+from mlp_backprop.vectors import ravel_params, unravel_params
 
 __all__ = [
     "Layer",
     "backends",
     "check_grads",
+    "clipped_grads",
     "compute_grads",
+    "fisher_vp",
     "forward",
+    "ggn",
+    "ggnvp",
+    "hessian",
+    "hvp",
     "init_params",
+    "input_grads",
+    "input_hessian_diag",
+    "input_hessian_entries",
+    "jacobian",
+    "jvp",
+    "laplacian",
+    "linear_operator",
+    "ntk",
+    "per_sample_grad_norms",
+    "per_sample_grads",
     "prepare_grads",
+    "ravel_params",
+    "residual_grads",
+    "sobolev_grads",
     "trace",
+    "unravel_params",
+    "vjp",
 ]
 
 __version__ = "0.1.0"
+
+keep_freed_memory()

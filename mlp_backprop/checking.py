@@ -1,25 +1,25 @@
-"""The gradient checker: central differences in float64, and torch autograd when asked."""
+"""The gradient checker: central differences in float64, and torch autograd when asked.
+
+The other derivatives are held to differences in family.py.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from mlp_backprop import backprop, namespaces, validation
+from mlp_backprop import backprop, family, namespaces, validation
 from mlp_backprop.arguments import dtype_name, read_params, table_row
-from mlp_backprop.gradients import compute_grads, quietly
+from mlp_backprop.family import FAMILY, STEPS
+from mlp_backprop.gradients import compute_grads, public
 from mlp_backprop.types import Array, Layer, Params, flat
 
 # The error of a correct gradient stays under these, with a wide margin; a derivative that is
 # wrong by a tenth of a percent does not.
 TOLERANCES = {"float64": 1e-6, "float32": 2e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
-# A step across a kink (relu) makes a difference wrong; a smaller one need not cross it. The first
-# is near the best for smooth functions, the cube root of the rounding unit.
-STEPS = (6e-6, 6e-7, 6e-8)
 
-
-@quietly
+@public
 def check_grads(
     params: Params,
     X: Array,
@@ -32,6 +32,7 @@ def check_grads(
     backend: str | None = None,
     grads: Params | None = None,
     against: str | Sequence[str] = "differences",
+    also: str | Sequence[str] = (),
     tolerance: float | None = None,
     max_entries: int = 2000,
     rng: Any = 0,
@@ -48,6 +49,10 @@ def check_grads(
     against : str or sequence of str
         "differences": central differences of the loss in float64, the best of three steps, and
         at a kink the one-sided ones. "torch": torch autograd in float64.
+    also : str or sequence of str
+        Other functions to check on the same problem, "hvp" or ["jacobian", "laplacian"], say;
+        "all" for every one that takes these activations. Each is compared with differences, along
+        random directions, of what it is the derivative of.
     tolerance : float, optional
         Largest relative error allowed. None: by the parameters' dtype, 1e-6 for float64, 2e-4
         for float32, 0.02 for float16, 0.1 for bfloat16.
@@ -55,7 +60,7 @@ def check_grads(
         Differences are taken for all entries up to this many parameters, above it for about as
         many, drawn from every array.
     rng : numpy.random.Generator, int or None
-        Draws them, as for numpy.random.default_rng.
+        Draws them, and directions, as for numpy.random.default_rng.
 
     Returns
     -------
@@ -67,7 +72,7 @@ def check_grads(
     Raises
     ------
     AssertionError
-        An error above the tolerance; the message has the worst entry.
+        An error above the tolerance; the message has the worst entry, or the other function.
     ValueError, TypeError, ImportError
         As for `compute_grads`; torch not installed.
 
@@ -76,35 +81,50 @@ def check_grads(
     >>> import numpy as np
     >>> from mlp_backprop import check_grads, init_params
     >>> params = init_params([2, 3, 1], rng=0)
-    >>> errors = check_grads(params, np.ones((4, 2)), np.zeros((4, 1)))
+    >>> errors = check_grads(params, np.ones((4, 2)), np.zeros((4, 1)), also="hvp")
     >>> max(error for layer in errors for error in layer) < 1e-8
     True
     """
     options: dict[str, Any] = {
         "activation": activation,
         "loss": loss,
-        "reduction": reduction,
         "sample_weight": sample_weight,
         "backend": backend,
     }
+    problem = validation.problem(params, X, y, reduction=reduction, **options)
+    if tolerance is None:
+        tolerance = TOLERANCES[dtype_name(problem.spec.dtype)]
+    rng = np.random.default_rng(rng)
     names = [against] if isinstance(against, str) else list(against)
     references = [table_row("reference", name, REFERENCES) for name in names]
     if not references:
         raise ValueError(f"against names no reference; known: {', '.join(REFERENCES)}")
-    problem = validation.problem(params, X, y, **options)
-    if tolerance is None:
-        tolerance = TOLERANCES[dtype_name(problem.spec.dtype)]
+    others = _others(also, problem)
     if grads is None:
-        grads = compute_grads(params, X, y, **options).grads
+        grads = compute_grads(params, X, y, reduction=reduction, **options).grads
     got = _host_grads(grads, problem)
     host = _on_host(problem)
-    entries = _draw_entries([g.size for g in got], max_entries, np.random.default_rng(rng))
+    entries = _draw_entries([g.size for g in got], max_entries, rng)
     value = abs(_sample_losses(host).sum() / _divisor(host, reduction))
     errors = np.zeros(len(got))
     for reference in references:
         expected = reference(host, reduction, entries, got)
         errors = np.maximum(errors, _compare(got, expected, entries, value, tolerance))
+    case = family.Case(params, X, y, options, problem, host, rng)
+    for name, check in others.items():
+        error = float(np.max([family.error(*pair) for pair in check(case)]))
+        if not error <= tolerance:  # nan is not below any tolerance
+            raise AssertionError(f"{name}: relative error {error:.2g} above {tolerance:g}")
     return [Layer(float(W), float(b)) for W, b in errors.reshape(-1, 2)]
+
+
+def _others(also: str | Sequence[str], problem: validation.Problem) -> dict[str, family.Check]:
+    """The rows of FAMILY that are asked for."""
+    if also == "all":
+        smooth = all(row.d3f is not None for row in problem.spec.activations)
+        return {k: check for k, check in FAMILY.items() if smooth or k != "residual_grads"}
+    names = [also] if isinstance(also, str) else list(also)
+    return {name: table_row("function", name, FAMILY) for name in names}
 
 
 def _host_grads(grads: Params, problem: validation.Problem) -> list[Array]:

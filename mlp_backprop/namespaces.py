@@ -284,3 +284,10 @@ def plan(
 
         run = cupy_engine.plan(spec, n, precision)
     return run or backprop.plan(spec)
+
+
+def plan_sweeps(spec: backprop.Spec, n: int) -> Callable[..., Iterator[Any]] | None:
+    """NumPy's tiles one by one, for other contractions of D_l; None for what they do not cover."""
+    if spec.xp is np and np.dtype(spec.dtype).itemsize >= 4:
+        return numpy_tiles.TiledPass(spec, n).sweeps
+    return None

@@ -3,10 +3,16 @@
 import numpy as np
 import oracles
 import pytest
+import test_curvature
+import test_inputs
+import test_per_sample
+import test_products
+import test_residuals
 from oracles import assert_close, assert_grads_close, complex_step_grads, make_problem
 
-from mlp_backprop import backprop, check_grads, compute_grads
+from mlp_backprop import backprop, check_grads, compute_grads, namespaces, tangents
 from mlp_backprop.activations import ACTIVATIONS
+from mlp_backprop.engines import numpy_products
 from mlp_backprop.losses import LOSSES
 
 # Square layers, so that a transposed W keeps its shape.
@@ -175,6 +181,28 @@ def test_a_wrong_package_is_caught(mutant, problem, against, monkeypatch, deriva
         check_grads(problem.params, problem.X, problem.y, **problem.options, against=against)
 
 
+# Mutants of the other derivatives, which stand beside their tests --------------------------------
+
+OTHERS = {
+    f"{module.__name__.removeprefix('test_')}: {name}": mutant
+    for module in (test_curvature, test_inputs, test_per_sample, test_products, test_residuals)
+    for name, mutant in module.MUTANTS.items()
+}
+
+
+@pytest.mark.parametrize("mutant", OTHERS)
+def test_a_wrong_derivative_is_caught(mutant, monkeypatch):
+    monkeypatch.setattr(namespaces, "plan_sweeps", lambda *_: None)
+    monkeypatch.setattr(numpy_products, "product_sums", lambda *args: tangents.product_sums(*args))
+    problem = make_problem(SIZES, activation=NAMES, weighted=True)
+    # Weights for which third derivatives count as well.
+    args = [(2 * W, b) for W, b in problem.params], problem.X, problem.y
+    check_grads(*args, **problem.options, also="all")
+    OTHERS[mutant](monkeypatch)
+    with pytest.raises(AssertionError, match="relative error"):
+        check_grads(*args, **problem.options, also="all")
+
+
 # What they are measured against ------------------------------------------------------------------
 
 
@@ -214,6 +242,6 @@ def test_ways_to_differentiate_agree():
     assert_close(
         oracles.central_differences(lambda z: np.sin(np.exp(z)).sum(), A, 1e-6), expected, 1e-8
     )
-    f, df, d2f = oracles.exact_derivatives(oracles.MP.exp, A)
-    for derivative in (f, df, d2f, oracles.exact_gradient(lambda z: oracles.MP.exp(z).sum(), A)):
+    derivatives = oracles.exact_derivatives(oracles.MP.exp, A)
+    for derivative in (*derivatives, oracles.exact_gradient(lambda z: oracles.MP.exp(z).sum(), A)):
         assert_close(derivative, np.exp(A), 1e-15)

@@ -10,7 +10,8 @@ A wide X is not copied into the tile: its products take views of it. schedule.py
 problem is cut. Tiles are added up in float64, also for float32 data, and rounded once at the end.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -230,14 +231,20 @@ class TiledPass:
         self, tile: Tile, weights: list[Array], X: Array, y: Array, weight: Array | None
     ) -> float:
         """The loss of one tile; its gradients are left in tile.sums."""
-        if tile.X is not None:
-            tile.X[...] = X.T
         self._forward(tile, X)
         loss = self._loss(tile, y, weight)
-        self._backward(tile, weights, X)
+        sums = tile.sums.arrays
+        for l, D in self._backward(tile, weights):
+            if l > 0 or tile.X is not None:
+                np.dot(D, tile.below[l].T, sums[l])
+            else:
+                np.dot(D, X, sums[0])
+                np.dot(D, tile.ones, tile.sums.layers[0].b)
         return loss
 
     def _forward(self, tile: Tile, X: Array) -> None:
+        if tile.X is not None:
+            tile.X[...] = X.T
         for l, packed in enumerate(self.packed.arrays):
             Z = tile.Z[l]
             if l == 0 and tile.X is None:
@@ -267,23 +274,38 @@ class TiledPass:
             values = values * weight
         return float(values.sum(dtype=np.float64))
 
-    def _backward(self, tile: Tile, weights: list[Array], X: Array) -> None:
-        sums = tile.sums.arrays
+    def _backward(self, tile: Tile, weights: list[Array]) -> Iterator[tuple[int, Array]]:
+        """Equation (3): l and D_l from the last layer to the first, l counted from 0."""
         for l in range(len(weights) - 1, -1, -1):
             D, row = tile.D[l], self.rows[l]
             if row is None:
                 np.multiply(D, self.spec.activations[l].df(np, tile.Z[l], tile.H[l]), D)
             else:
                 row.times_df(D, tile.H[l], tile.spare[l], self.one)
-            if l > 0 or tile.X is not None:
-                np.dot(D, tile.below[l].T, sums[l])
-            else:
-                np.dot(D, X, sums[0])
-                np.dot(D, tile.ones, tile.sums.layers[0].b)
+            yield l, D
             if l > 0:
                 # With one output this product is an outer one, at which BLAS is slow.
                 multiply = np.multiply if len(D) == 1 else np.dot
                 multiply(weights[l].T, D, tile.D[l - 1])
+
+    def sweeps(
+        self, params: list[Layer], X: Array, y: Array, weight: Array | None
+    ) -> Iterator[tuple[float, Iterator[tuple[Array, Array]]]]:
+        """Tile by tile, the loss and then D_l, H_{l-1} from the last layer to the first.
+
+        They are (rows, width), views of a workspace that the next tile writes to.
+        """
+        self._pack(params)
+        weights = [W for W, _ in params]
+        n, rows = len(X), self.schedule.tile_rows
+        with threads.blas_on_one_thread() if self.schedule.holds_blas else nullcontext():
+            for start in range(0, max(1, n), rows):
+                cut = slice(start, min(start + rows, n))
+                tile = self._tile_of(0, cut.stop - cut.start)
+                self._forward(tile, X[cut])
+                loss = self._loss(tile, y[cut], None if weight is None else weight[cut])
+                below = [X[cut], *(H.T for H in tile.H)]
+                yield loss, ((D.T, below[l]) for l, D in self._backward(tile, weights))
 
 
 def plan(spec: Spec, n: int) -> Run | None:

@@ -1,0 +1,357 @@
+"""Vectors times the derivatives of a net: Jacobian, Hessian, Gauss-Newton, Fisher.
+
+The mathematics stands in tangents.py: equations (V1) to (V6).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from mlp_backprop import backprop, validation
+from mlp_backprop.backprop import Spec, Sums
+from mlp_backprop.blocks import added, joined, row_blocks
+from mlp_backprop.engines import numpy_products
+from mlp_backprop.gradients import public
+from mlp_backprop.losses import Loss
+from mlp_backprop.tangents import KINDS, Kind, product_sums, tangents
+from mlp_backprop.types import Array, Layer, Namespace, Params
+
+
+def _inner_product(xp: Namespace, H: Array, U: Array) -> tuple[Array, Array]:
+    return xp.sum(H * U, axis=1), U
+
+
+def _no_curvature(xp: Namespace, H: Array, U: Array, V: Array) -> Array:
+    return xp.zeros_like(V)
+
+
+# <u, H_L> as a loss: its gradient is Jᵀ u.
+INNER_PRODUCT = Loss(
+    "inner_product", _inner_product, _no_curvature, _no_curvature, "real", takes_logits=False
+)
+
+
+@public
+def jvp(
+    params: Params,
+    X: Array,
+    v: Params,
+    *,
+    activation: str | Sequence[str] = "sigmoid",
+    backend: str | None = None,
+) -> Array:
+    """Compute J v, the change of the outputs as the parameters move along v.
+
+    Parameters
+    ----------
+    params, X, activation, backend
+        As for `compute_grads`.
+    v : sequence of (W, b)
+        A vector with the structure, shapes and dtype of the parameters.
+
+    Returns
+    -------
+    array (n, d_L)
+        The derivative of forward(params + t v, X) at t = 0: torch.func.jvp with respect to the
+        parameters. relu and its like have the slope at a kink that `compute_grads` takes, 0 for
+        relu.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError
+        As for `compute_grads`; v of another structure than the parameters.
+
+    Notes
+    -----
+    Equations (V1) and (V2); Pearlmutter, "Fast exact multiplication by the Hessian", Neural
+    Computation 6 (1994).
+
+    Examples
+    --------
+    >>> from mlp_backprop import jvp
+    >>> jvp([([[2.0]], [1.0])], [[3.0]], [([[10.0]], [1.0])])
+    array([[31.]])
+    """
+    xp, rows, layers, X = validation.network(params, X, activation=activation, backend=backend)
+    v = validation.like_params(v, "v", layers, backend)
+    blocks = []
+    for cut in row_blocks(X.shape[0], row_bytes(xp, layers)):
+        for step in tangents(xp, rows, layers, v, X[cut, :]):
+            dH = step.dH
+        blocks.append(dH)
+    return joined(xp, blocks)
+
+
+@public
+def vjp(
+    params: Params,
+    X: Array,
+    u: Array,
+    *,
+    activation: str | Sequence[str] = "sigmoid",
+    backend: str | None = None,
+) -> list[Layer]:
+    """Compute Jᵀ u, the gradient of the sum of u ∘ H_L with respect to the parameters.
+
+    Parameters
+    ----------
+    params, X, activation, backend
+        As for `compute_grads`.
+    u : array (n, d_L)
+        A number for each output, in the dtype of the parameters. With u = dE/dH_L of a loss of
+        your own, the result is the gradient of that loss.
+
+    Returns
+    -------
+    list of Layer
+        (W, b) per layer, summed over the samples: torch.func.vjp with respect to the parameters.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError
+        As for `compute_grads`; u of another shape than the outputs.
+
+    Notes
+    -----
+    Equations (1) to (3) of docs/derivation.md, begun with G_L = u.
+
+    Examples
+    --------
+    >>> from mlp_backprop import vjp
+    >>> vjp([([[2.0]], [1.0])], [[3.0], [4.0]], [[1.0], [10.0]])
+    [Layer(W=array([[43.]]), b=array([11.]))]
+    """
+    xp, rows, layers, X = validation.network(params, X, activation=activation, backend=backend)
+    u = validation.like_outputs(u, "u", X, layers, backend)
+    sizes = (X.shape[1], *(b.shape[0] for _, b in layers))
+    spec = Spec(xp, sizes, X.dtype, rows, INNER_PRODUCT)
+
+    def sums(cut: slice) -> list[Layer]:
+        return backprop.loss_and_grad_sums(spec, layers, X[cut, :], u[cut, :], None).grads
+
+    return divided(spec, added_up(spec, layers, X.shape[0], sums), 1.0)
+
+
+@public
+def hvp(
+    params: Params,
+    X: Array,
+    y: Array,
+    v: Params,
+    *,
+    activation: str | Sequence[str] = "sigmoid",
+    loss: str = "squared_error",
+    reduction: str = "mean",
+    sample_weight: Array | None = None,
+    backend: str | None = None,
+) -> list[Layer]:
+    """Compute H v, the Hessian of the loss with respect to all parameters, times a vector.
+
+    Parameters
+    ----------
+    params, X, y, activation, loss, reduction, sample_weight, backend
+        As for `compute_grads`.
+    v : sequence of (W, b)
+        A vector with the structure, shapes and dtype of the parameters.
+
+    Returns
+    -------
+    list of Layer
+        The derivative of the gradient of `compute_grads` along v, on its scale: for "sum" the sum
+        over the samples, each times its weight, for "mean" divided by the sum of the weights.
+        torch.autograd.grad of grad, "double backward", gives the same.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError
+        As for `compute_grads`; v of another structure than the parameters.
+
+    Notes
+    -----
+    Equations (V1) to (V6), twice to three times the work of a gradient; Pearlmutter, "Fast exact
+    multiplication by the Hessian", Neural Computation 6 (1994).
+
+    At a kink both derivatives are those of the tables: relu'(0) = 0 and elu''(0) = 1, from the left
+    (torch takes 0 for the second), and huber''(±1) = 0. relu, leaky_relu and absolute_error have
+    second derivatives of 0 everywhere: what their kinks would add is left out, as in torch.
+
+    Examples
+    --------
+    >>> from mlp_backprop import hvp
+    >>> hvp([([[2.0]], [1.0])], [[3.0]], [[5.0]], [([[1.0]], [0.0])])
+    [Layer(W=array([[18.]]), b=array([6.]))]
+    """
+    return _checked_product(
+        "hessian",
+        params,
+        X,
+        y,
+        v,
+        activation=activation,
+        loss=loss,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        backend=backend,
+    )
+
+
+@public
+def ggnvp(
+    params: Params,
+    X: Array,
+    y: Array,
+    v: Params,
+    *,
+    activation: str | Sequence[str] = "sigmoid",
+    loss: str = "squared_error",
+    reduction: str = "mean",
+    sample_weight: Array | None = None,
+    backend: str | None = None,
+) -> list[Layer]:
+    """Compute Jᵀ A J v, the generalised Gauss-Newton matrix times a vector.
+
+    Parameters
+    ----------
+    params, X, y, v, activation, loss, reduction, sample_weight, backend
+        As for `hvp`.
+
+    Returns
+    -------
+    list of Layer
+        J is the Jacobian of the outputs with respect to the parameters, A the Hessian of the loss
+        with respect to the outputs. Scaled as `hvp`. The matrix is positive semi-definite, and is
+        the Hessian where the outputs are linear in the parameters. For "squared_error" A = 2.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError
+        As for `hvp`.
+
+    Notes
+    -----
+    J v forward, A J v, and back as a gradient; Schraudolph, "Fast curvature matrix-vector products
+    for second-order gradient descent", Neural Computation 14 (2002). A is 0 for "absolute_error",
+    and for "huber" where |r| >= 1: `fisher_vp` has what is of use there.
+
+    Examples
+    --------
+    >>> from mlp_backprop import ggnvp
+    >>> ggnvp([([[2.0]], [1.0])], [[3.0]], [[5.0]], [([[1.0]], [0.0])])
+    [Layer(W=array([[18.]]), b=array([6.]))]
+    """
+    return _checked_product(
+        "ggn",
+        params,
+        X,
+        y,
+        v,
+        activation=activation,
+        loss=loss,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        backend=backend,
+    )
+
+
+@public
+def fisher_vp(
+    params: Params,
+    X: Array,
+    y: Array,
+    v: Params,
+    *,
+    activation: str | Sequence[str] = "sigmoid",
+    loss: str = "squared_error",
+    reduction: str = "mean",
+    sample_weight: Array | None = None,
+    backend: str | None = None,
+) -> list[Layer]:
+    """Compute F v, the Fisher information matrix of the net times a vector.
+
+    Parameters
+    ----------
+    params, X, y, v, activation, loss, reduction, sample_weight, backend
+        As for `hvp`. y matters only for its class weights, whose sum in a row multiplies it.
+
+    Returns
+    -------
+    list of Layer
+        F is the mean of g gᵀ, with g the gradient of -log p(y | x) for y drawn from the net's own
+        predictions, p proportional to exp(-loss): not the "empirical" one of the data's y. Scaled
+        as `hvp`; a sample of weight w counts as w samples.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError
+        As for `hvp`.
+
+    Notes
+    -----
+    F = Jᵀ A J with the Fisher matrix A of the loss with respect to the outputs, derived in
+    losses.py: the Hessian of the loss, so that this is `ggnvp`, but for "absolute_error", A = 1,
+    and "huber", A = 0.585, the probability of |r| < 1. Martens, "New insights and perspectives on
+    the natural gradient method", Journal of Machine Learning Research 21 (2020).
+
+    Examples
+    --------
+    >>> from mlp_backprop import fisher_vp
+    >>> v = [([[1.0]], [0.0])]
+    >>> fisher_vp([([[2.0]], [1.0])], [[3.0]], [[5.0]], v, loss="absolute_error")
+    [Layer(W=array([[9.]]), b=array([3.]))]
+    """
+    return _checked_product(
+        "fisher",
+        params,
+        X,
+        y,
+        v,
+        activation=activation,
+        loss=loss,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        backend=backend,
+    )
+
+
+def _checked_product(
+    kind: str, params: Params, X: Array, y: Array, v: Params, **options: Any
+) -> list[Layer]:
+    problem = validation.problem(params, X, y, **options)
+    v = validation.like_params(v, "v", problem.params, options["backend"])
+    return product(KINDS[kind], problem, v, options["reduction"])
+
+
+def product(kind: Kind, problem: validation.Problem, v: list[Layer], reduction: str) -> list[Layer]:
+    """The product with a vector, for arguments that are checked."""
+    spec, params, X, y, weight = problem
+    if spec.xp is np and spec.dtype.itemsize >= 4:
+        total = numpy_products.product_sums(spec, kind, params, v, X, y, weight)
+    else:
+
+        def sums(cut: slice) -> list[Layer]:
+            block_weight = None if weight is None else weight[cut]
+            return product_sums(spec, kind, params, v, X[cut, :], y[cut, ...], block_weight)
+
+        total = added_up(spec, params, X.shape[0], sums)
+    return divided(
+        spec, total, backprop.weight_sum(spec, X, weight) if reduction == "mean" else 1.0
+    )
+
+
+def added_up(
+    spec: Spec, params: list[Layer], n: int, sums: Callable[[slice], list[Layer]]
+) -> list[Layer]:
+    """The sums over all blocks of rows."""
+    return reduce(added, map(sums, row_blocks(n, row_bytes(spec.xp, params))))
+
+
+def divided(spec: Spec, sums: list[Layer], divisor: Array | float) -> list[Layer]:
+    return Sums(0.0, divisor, sums).divided(spec, divisor)[1]
+
+
+def row_bytes(xp: Namespace, params: list[Layer]) -> int:
+    """What a row takes: the five arrays of each step going up, and about as many going down."""
+    widths = sum(b.shape[0] for _, b in params)
+    return int(10 * widths * xp.finfo(params[0].b.dtype).bits // 8)
