@@ -313,10 +313,11 @@ def test_tiles_and_threads_of_the_numpy_engine(sizes, product, monkeypatch):
     problem = make_problem(sizes, n=103, activation=names, weighted=True)
     v = vector_like(problem)
     whole = run(product, problem, v)
-    monkeypatch.setattr(numpy_products, "TILE_BYTES", 7 * 4 * 8 * 10)
+    for name in ("TILE_BYTES", "WIDE_TILE_BYTES"):
+        monkeypatch.setattr(numpy_products, name, 7 * 4 * 8 * 10)
     monkeypatch.setattr(numpy_products, "LEAST_ROWS", 2)
     assert_grads_close(run(product, problem, v), whole, 1e-13)
-    monkeypatch.setattr(numpy_products, "WORTH_THREADS", 0.0)
+    monkeypatch.setattr(numpy_products, "SHORT_PASS", 0.0)
     by_threads = []
     for n_threads in "134":
         monkeypatch.setenv("MLP_BACKPROP_NUM_THREADS", n_threads)

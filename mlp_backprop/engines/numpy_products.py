@@ -7,7 +7,8 @@ products. What (V1) and (V4) add is stacked here, so that one product of matrice
     dG_{l-1} = [W_l; V_l]ᵀ [dD_l; D_l]
 
 Nor is f'' formed where f'' ∘ dZ follows from dH = f' ∘ dZ. The cut into tiles, and the order in
-which they are added, are those of the shapes: threads change no bit of the result.
+which they are added, are those of the shapes: threads over tiles change no bit of the result. Wide
+nets and short passes are left to BLAS's threads, as in numpy_tiles.py.
 """
 
 import threading
@@ -25,9 +26,10 @@ from mlp_backprop.engines.numpy_tiles import IN_PLACE, InPlace
 from mlp_backprop.engines.schedule import (
     SECONDS_PER_ELEMENT,
     SECONDS_PER_FLOP,
+    SHORT_PASS,
     VIEW_WIDTH,
+    WIDE_TILE_BYTES,
     WIDE_WEIGHTS,
-    WORTH_THREADS,
 )
 from mlp_backprop.tangents import Kind
 from mlp_backprop.types import Array, Layer
@@ -157,10 +159,10 @@ def cut(spec: Spec, n: int) -> tuple[int, bool]:
     itemsize = np.dtype(spec.dtype).itemsize
     weights = sum((n_in + 1) * n_out for n_in, n_out in pairwise(spec.sizes))
     units = sum(spec.sizes[1:])
-    n_tiles = -(-7 * units * itemsize * n // TILE_BYTES)
     seconds = EFFORT * n * (6 * weights * SECONDS_PER_FLOP + units * SECONDS_PER_ELEMENT)
-    # The products of wide nets are better shared out by BLAS.
-    worth = weights <= WIDE_WEIGHTS and seconds * itemsize / 4 > WORTH_THREADS
+    # The products of wide nets, and of short passes, are better shared out by BLAS.
+    worth = weights <= WIDE_WEIGHTS and seconds * itemsize / 4 > SHORT_PASS
+    n_tiles = -(-7 * units * itemsize * n // (TILE_BYTES if worth else WIDE_TILE_BYTES))
     if worth:
         n_tiles = max(n_tiles, MAX_SHARES)
     n_tiles = max(1, min(n_tiles, n // LEAST_ROWS))

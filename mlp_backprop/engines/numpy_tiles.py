@@ -91,7 +91,9 @@ class Tile:
     def __init__(self, spec: Spec, in_place: list[bool], rows: int, copies_X: bool) -> None:
         sizes, dtype = spec.sizes, spec.dtype
         n_below = (sizes[0] if copies_X else 0, *sizes[1:-1])
-        self.below = [np.ones((size + 1, rows), dtype) for size in n_below]  # [H_{l-1}; 1]
+        self.below = [np.empty((size + 1, rows), dtype) for size in n_below]  # [H_{l-1}; 1]
+        for below in self.below:
+            below[-1] = 1
         self.X = self.below[0][:-1] if copies_X else None
         self.ones = self.below[0][-1]
         self.H = [H[:-1] for H in self.below[1:]] + [np.empty((sizes[-1], rows), dtype)]
@@ -304,7 +306,7 @@ class TiledPass:
                 tile = self._tile_of(0, cut.stop - cut.start)
                 self._forward(tile, X[cut])
                 loss = self._loss(tile, y[cut], None if weight is None else weight[cut])
-                below = [X[cut], *(H.T for H in tile.H)]
+                below = [X[cut] if tile.X is None else tile.X.T, *(H.T for H in tile.H)]
                 yield loss, ((D.T, below[l]) for l, D in self._backward(tile, weights))
 
 
