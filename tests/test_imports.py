@@ -30,7 +30,6 @@ IMPORTS = {
     "engines.schedule": ("backprop", ""),
     "engines.threads": ("", "threadpoolctl"),
     "engines.numpy_tiles": ("backprop engines.schedule engines.threads types", "numpy"),
-    "engines.numpy_rows": ("engines.threads types", "numpy"),
     "engines.numba_formulas": ("activations", "numba numpy"),
     "engines.numba_kernels": ("engines.numba_formulas types", "numba numpy"),
     "engines.numba_engine": (
@@ -70,10 +69,7 @@ IMPORTS = {
     "prepared": ("arguments backprop gradients namespaces types validation", "numpy"),
     "parameters": ("arguments types", "numpy"),
     "vectors": ("arguments types", ""),
-    "per_sample": (
-        "arguments backprop blocks engines.numpy_rows gradients namespaces types validation",
-        "numpy",
-    ),
+    "per_sample": ("arguments backprop blocks gradients namespaces types validation", "numpy"),
     "inputs": ("arguments backprop blocks gradients jets types validation", ""),
     "residuals": (
         "activations arguments backprop blocks gradients inputs jets losses types validation",
