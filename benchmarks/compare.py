@@ -1,6 +1,9 @@
 """What the benchmarks of the other derivatives share: check the answers, time in turns, write.
 
     python benchmarks/bench_per_sample.py [--quick] [--json FILE]
+    python benchmarks/compare.py FILE PAGE
+
+The second writes the tables of a page in docs/, between its markers, as report.py does.
 
 A case is a derivative of a net; its contenders answer first, are compared with the expected
 answer in float64, and those that are right are timed by the interleaved timer of
@@ -8,16 +11,22 @@ mlp_backprop.bench. Ratios are medians of the contenders over the median of ours
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+from report import MARKED
 
 from mlp_backprop import bench, bench_results
 from mlp_backprop.bench_contenders import Ready
+
+PEERS = {"opacus": "opacus", "backpack-for-pytorch": "backpack"}  # distributions, modules
 
 QUICK = bench.Effort(min_rounds=2, max_rounds=5, seconds=0.3)
 FULL = bench.Effort(min_rounds=7, max_rounds=200, seconds=10.0)
@@ -78,7 +87,7 @@ def largest_error(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
 
 
 def table(records: Iterable[Mapping[str, Any]]) -> str:
-    """The results in Markdown: microseconds, and in brackets times ours."""
+    """The results in Markdown: microseconds, and in brackets how many times ours."""
     records = list(records)
     names = list(dict.fromkeys(name for record in records for name in record["timings"]))
     lines = ["| case | dtype | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
@@ -89,13 +98,71 @@ def table(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _cell(timing: Mapping[str, float] | None) -> str:
-    return f"{1e6 * timing['median']:.0f} µs ({timing['ratio']:.2f}x)" if timing else ""
+    if timing is None:
+        return "–"
+    ratio = "" if timing["ratio"] == 1 else f" ({timing['ratio']:.2f}x)"
+    return f"{1e6 * timing['median']:.0f} µs{ratio}"
+
+
+class Claim(NamedTuple):
+    """Ours against the fastest of some peers, in the worst of some cases."""
+
+    kind: str
+    nets: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    peers: tuple[str, ...]
+    must: float
+    aim: float
+
+
+WIDER, BOTH = ("64-64-64-1", "784-128-64-10"), ("float32", "float64")
+CLAIMS = (
+    Claim("norms", WIDER, ("float32",), ("torch.func",), 10, 50),
+    Claim("norms", WIDER, ("float32",), ("Opacus", "BackPACK"), 2.5, 5),
+    Claim("norms", ("2-10-5-1",), ("float32",), ("torch.func", "Opacus", "BackPACK"), 6, 12),
+    Claim("grads", WIDER, ("float32",), ("torch.func", "Opacus", "BackPACK"), 1.2, 2),
+    Claim("clipped", WIDER, ("float32",), ("torch.func",), 5, 20),
+    Claim("clipped", WIDER, ("float32",), ("Opacus",), 2, 4),
+    Claim("hvp", ("2-10-5-1", "64-64-64-1"), BOTH, ("torch",), 2.5, 4),
+    Claim("hvp", ("2-10-5-1", "64-64-64-1"), BOTH, ("JAX",), 0.9, 1.5),
+    Claim("jacobian", ("3-64-64-1",), BOTH, ("torch.func",), 3, 10),
+    Claim("jacobian", ("3-64-64-1",), BOTH, ("JAX",), 1, 2),
+    Claim("laplacian", ("3-64-64-1",), BOTH, ("torch.func",), 3, 10),
+    Claim("laplacian", ("3-64-64-1",), BOTH, ("JAX",), 1, 2),
+)
+
+
+def targets(records: Iterable[Mapping[str, Any]]) -> str:
+    """What these derivatives are held to, and what came out, in Markdown."""
+    records, rows = list(records), []
+    for claim in CLAIMS:
+        ratios = [
+            (min(r["timings"][peer]["ratio"] for peer in claim.peers), r["case"], r["dtype"])
+            for r in records
+            if r["dtype"] in claim.dtypes
+            and any(r["case"].startswith(f"{claim.kind}, {net},") for net in claim.nets)
+        ]
+        if ratios:
+            ratio, case, dtype = min(ratios)
+            verdict = "missed" if ratio < claim.must else "reached"
+            verdict = "aim reached" if ratio >= claim.aim else verdict
+            peers = " and ".join(claim.peers)
+            target = f"{claim.kind} against {peers}", f"{claim.must}x", f"{claim.aim}x"
+            rows.append((*target, f"{ratio:.2f}x", verdict, f"{case}, {dtype}"))
+    names = "target", "must", "aim", "reached", "", "worst case"
+    return markdown([dict(zip(names, row, strict=True)) for row in rows])
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
     """Records of equal keys as a table."""
     rows = [list(records[0]), ["---"] * len(records[0]), *(r.values() for r in records)]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(map(_number, row)) + " |" for row in rows)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return f"{value:_}".replace("_", " ") if isinstance(value, int) else str(value)
 
 
 def main(
@@ -108,6 +175,7 @@ def main(
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     results: dict[str, Any] = {**bench_results.surroundings(), "cases": []}
+    results["versions"] |= {name: version(name) for name in PEERS if find_spec(PEERS[name])}
 
     def save() -> None:
         if options.json:
@@ -129,3 +197,19 @@ def main(
     for record in results["cases"]:
         for name, reason in record["skipped"].items():
             print(f"{record['case']}: no {name}: {reason}")
+
+
+def fill(results: Path, page: Path) -> None:
+    """Write the tables of a results file between the markers of a page."""
+    found = bench_results.load(results)
+    tables = {"times": table(found["cases"]), "targets": targets(found["cases"])}
+    if "memory" in found:
+        tables["memory"] = markdown(found["memory"])
+    filled = MARKED.sub(
+        lambda marker: f"{marker[1]} -->\n{tables[marker[1]]}\n", page.read_text(encoding="utf-8")
+    )
+    page.write_text(filled, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    fill(*map(Path, sys.argv[1:]))
