@@ -171,8 +171,6 @@ def _shared(argument: Argument, backend: str | None) -> Argument:
 
 
 def _shared_layers(layers: list[Layer], backend: str | None) -> list[Layer]:
-    if backend != "cupy":  # on the way of every small call
-        return layers
     return [Layer(_shared(W, backend), _shared(b, backend)) for W, b in layers]
 
 
