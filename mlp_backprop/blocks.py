@@ -4,7 +4,8 @@ Everything is a sum over samples or has one entry per sample, so a long batch is
 block, and the parts are added or joined.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import reduce
 from itertools import starmap
 
 from mlp_backprop.types import Array, Layer, Namespace
@@ -21,6 +22,11 @@ def row_blocks(n: int, row_bytes: int) -> Iterator[slice]:
         yield slice(start, min(n, start + step))
 
 
+def part(array: Array | None, rows: slice) -> Array | None:
+    """A block of an array, which may be absent."""
+    return None if array is None else array[rows, ...]
+
+
 def joined(xp: Namespace, blocks: list[Array]) -> Array:
     """The entries of all blocks, in their order."""
     return blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=0)
@@ -30,3 +36,8 @@ def added(layers: list[Layer], more: list[Layer]) -> list[Layer]:
     """Sums over two blocks as sums over both."""
     pairs = zip(layers, more, strict=True)
     return list(starmap(lambda a, b: Layer(a.W + b.W, a.b + b.b), pairs))
+
+
+def added_losses(blocks: Iterable[tuple[Array, list[Layer]]]) -> tuple[Array, list[Layer]]:
+    """The losses and gradients of all blocks, added."""
+    return reduce(lambda a, b: (a[0] + b[0], added(a[1], b[1])), blocks)

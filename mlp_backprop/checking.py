@@ -10,7 +10,7 @@ import numpy as np
 
 from mlp_backprop import backprop, family, namespaces, validation
 from mlp_backprop.arguments import dtype_name, read_params, table_row
-from mlp_backprop.family import FAMILY, STEPS
+from mlp_backprop.family import FAMILY, STEPS, sample_losses
 from mlp_backprop.gradients import compute_grads, public
 from mlp_backprop.types import Array, Layer, Params, flat
 
@@ -105,7 +105,7 @@ def check_grads(
     got = _host_grads(grads, problem)
     host = _on_host(problem)
     entries = _draw_entries([g.size for g in got], max_entries, rng)
-    value = abs(_sample_losses(host).sum() / _divisor(host, reduction))
+    value = abs(sample_losses(host).sum() / _divisor(host, reduction))
     errors = np.zeros(len(got))
     for reference in references:
         expected = reference(host, reduction, entries, got)
@@ -155,13 +155,6 @@ def _on_host(problem: validation.Problem) -> validation.Problem:
     )
 
 
-def _sample_losses(host: validation.Problem) -> Array:
-    """Weighted loss per sample (n,)."""
-    spec, params, X, y, weight = host
-    _, H = backprop.forward(np, spec.activations, params, X)
-    return backprop.loss_and_output_grad(spec, H[-1], y, weight)[0]
-
-
 def _divisor(host: validation.Problem, reduction: str) -> float:
     return float(backprop.weight_sum(host.spec, host.X, host.weight)) if reduction == "mean" else 1
 
@@ -182,16 +175,16 @@ def _by_differences(
 ) -> list[Array]:
     """Differences at the entries; of several tries, the one nearest to what was got."""
     divisor = _divisor(host, reduction)
-    here = _sample_losses(host)
+    here = sample_losses(host)
 
     def tries(array: Array, index: int) -> Iterator[float]:
         kept = array.flat[index]
         for relative_step in STEPS:
             step = relative_step * max(1.0, abs(kept))
             array.flat[index] = kept + step
-            above = _sample_losses(host)
+            above = sample_losses(host)
             array.flat[index] = kept - step
-            below = _sample_losses(host)
+            below = sample_losses(host)
             array.flat[index] = kept
             # Subtracted sample by sample: the sum of the losses has lost the digits already.
             yield (above - below).sum() / (2 * step * divisor)

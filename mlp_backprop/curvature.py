@@ -12,7 +12,7 @@ import numpy as np
 from mlp_backprop import backprop, hessians, namespaces, products, validation
 from mlp_backprop.arguments import Argument, Home, dtype_name, table_row
 from mlp_backprop.backprop import Spec
-from mlp_backprop.blocks import joined, row_blocks
+from mlp_backprop.blocks import joined, part, row_blocks
 from mlp_backprop.gradients import on_callers_stream, public, quietly
 from mlp_backprop.tangents import KINDS
 from mlp_backprop.types import Array, Layer, Params
@@ -145,8 +145,8 @@ def _matrix(gauss_newton: bool, params: Params, X: Array, y: Array, **options: A
         )
     total: list[Array] = []
     for cut in row_blocks(X.shape[0], row_bytes(spec)):
-        block_weight = None if weight is None else weight[cut]
-        found = hessians.blocks(spec, layers, X[cut, :], y[cut, ...], block_weight, gauss_newton)
+        block = X[cut, :], y[cut, ...], part(weight, cut)
+        found = hessians.blocks(spec, layers, *block, gauss_newton)
         total = [a + b for a, b in zip(total, found, strict=True)] if total else found
     divisor = backprop.weight_sum(spec, X, weight) if options["reduction"] == "mean" else 1.0
     return spec.xp.astype(assembled(spec, total) / divisor, spec.dtype, copy=False)

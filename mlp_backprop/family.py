@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlp_backprop import backprop, curvature, inputs, namespaces, per_sample, products, residuals
-from mlp_backprop.arguments import Argument, Home
+from mlp_backprop.arguments import Argument, Home, dtype_name
 from mlp_backprop.gradients import compute_grads
 from mlp_backprop.types import Array, Layer, Namespace, Params
 from mlp_backprop.validation import Problem
@@ -65,8 +65,7 @@ class Case(NamedTuple):
         """An array from the host in the library and dtype of the problem."""
         xp, X = self.placed.spec.xp, self.placed.X
         home = Home(xp, namespaces.device_of(xp, X))
-        dtype = str(self.placed.spec.dtype).rpartition(".")[2]
-        return home.place(Argument("direction", array, np), dtype)
+        return home.place(Argument("direction", array, np), dtype_name(self.placed.spec.dtype))
 
     def direction(self, shape: tuple[int, ...], scale: float = 1.0) -> Array:
         """A random one on the host."""
@@ -94,8 +93,14 @@ class Case(NamedTuple):
 
     def losses(self, params: list[Layer], X: Array) -> Array:
         """Of every sample, times its weight."""
-        H_L = self.outputs(params, X)
-        return backprop.loss_and_output_grad(self.host.spec, H_L, self.host.y, self.host.weight)[0]
+        return sample_losses(self.host._replace(params=params, X=X))
+
+
+def sample_losses(host: Problem) -> Array:
+    """Weighted loss per sample (n,)."""
+    spec, params, X, y, weight = host
+    _, H = backprop.forward(np, spec.activations, params, X)
+    return backprop.loss_and_output_grad(spec, H[-1], y, weight)[0]
 
 
 def slope(got: Array, f: Callable[[float], Array]) -> Array:

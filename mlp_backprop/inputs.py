@@ -10,7 +10,7 @@ from typing import Any
 
 from mlp_backprop import backprop, jets, validation
 from mlp_backprop.arguments import table_row, type_name
-from mlp_backprop.blocks import joined, row_blocks
+from mlp_backprop.blocks import joined, part, row_blocks
 from mlp_backprop.gradients import public
 from mlp_backprop.types import Array, Layer, Params
 from mlp_backprop.validation import Network
@@ -74,8 +74,7 @@ def input_grads(
     row_bytes = 2 * sum(spec.sizes) * xp.finfo(spec.dtype).bits // 8
     for rows in row_blocks(X.shape[0], row_bytes):
         Z, H = backprop.forward(xp, spec.activations, layers, X[rows, ...])
-        row_weight = None if weight is None else weight[rows]
-        _, G = backprop.loss_and_output_grad(spec, H[-1], y[rows, ...], row_weight)
+        _, G = backprop.loss_and_output_grad(spec, H[-1], y[rows, ...], part(weight, rows))
         *_, (_, D) = backprop.backward(xp, spec.activations, layers, Z, H, G)
         parts.append(D @ layers[0].W)
     divisor = backprop.weight_sum(spec, X, weight) if reduction == "mean" else 1.0

@@ -15,7 +15,6 @@ side by side in one matrix, the gradient of sample i in layer l is an outer prod
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import reduce
 from numbers import Real
 
 import numpy as np
@@ -23,7 +22,7 @@ import numpy as np
 from mlp_backprop import backprop, namespaces, validation
 from mlp_backprop.arguments import type_name
 from mlp_backprop.backprop import Spec, Sums
-from mlp_backprop.blocks import added, joined, row_blocks
+from mlp_backprop.blocks import added_losses, joined, part, row_blocks
 from mlp_backprop.gradients import LossAndGrads, public, reduced
 from mlp_backprop.types import Array, Layer, Namespace, Params
 
@@ -53,8 +52,7 @@ def block_sweeps(
     row_numbers = spec.sizes[0] + 3 * sum(spec.sizes[1:])  # Z_l, H_l and D_l
     row_bytes = row_numbers * spec.xp.finfo(spec.dtype).bits // 8
     for rows in row_blocks(X.shape[0], row_bytes):
-        block_weight = None if weight is None else weight[rows]
-        yield sweep(spec, params, X[rows, ...], y[rows, ...], block_weight)
+        yield sweep(spec, params, X[rows, ...], y[rows, ...], part(weight, rows))
 
 
 def outer_product(xp: Namespace, D: Array, H_below: Array) -> Layer:
@@ -306,7 +304,7 @@ def clipped_grads(
         (loss, clipped_sums(spec, factors, max_norm))
         for loss, factors in block_sweeps(spec, layers, X, y, weight)
     )
-    total, grads = reduce(lambda a, b: (a[0] + b[0], added(a[1], b[1])), blocks)
+    total, grads = added_losses(blocks)
     weights = backprop.weight_sum(spec, X, weight)
     return reduced(spec, Sums(total, weights, grads), reduction)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlp_backprop import backprop, validation
 from mlp_backprop.backprop import Spec, Sums
-from mlp_backprop.blocks import added, joined, row_blocks
+from mlp_backprop.blocks import added, joined, part, row_blocks
 from mlp_backprop.engines import numpy_products
 from mlp_backprop.gradients import public
 from mlp_backprop.losses import Loss
@@ -331,8 +331,8 @@ def product(kind: Kind, problem: validation.Problem, v: list[Layer], reduction: 
     else:
 
         def sums(cut: slice) -> list[Layer]:
-            block_weight = None if weight is None else weight[cut]
-            return product_sums(spec, kind, params, v, X[cut, :], y[cut, ...], block_weight)
+            block = X[cut, :], y[cut, ...], part(weight, cut)
+            return product_sums(spec, kind, params, v, *block)
 
         total = added_up(spec, params, X.shape[0], sums)
     return divided(

@@ -6,15 +6,15 @@ derivatives of the loss with respect to all of them come back.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial, reduce
+from functools import partial
 from numbers import Real
 from typing import Any
 
 from mlp_backprop import backprop, jets, validation
 from mlp_backprop.activations import ACTIVATIONS
-from mlp_backprop.arguments import check_same_dtype, common_home, dtype_name, read, type_name
+from mlp_backprop.arguments import read, type_name
 from mlp_backprop.backprop import Activations, Spec, Sums
-from mlp_backprop.blocks import added, joined, row_blocks
+from mlp_backprop.blocks import added_losses, joined, part, row_blocks
 from mlp_backprop.gradients import LossAndGrads, on_callers_stream, public, quietly, reduced
 from mlp_backprop.inputs import read_inputs
 from mlp_backprop.losses import LOSSES
@@ -92,7 +92,7 @@ def sobolev_grads(
     weight = _checked_weight(weight)
     sums = (
         _sobolev_sums(
-            spec, layers, X[rows, ...], y[rows, ...], dy[rows, ...], weight, _part(row_weight, rows)
+            spec, layers, X[rows, ...], y[rows, ...], dy[rows, ...], weight, part(row_weight, rows)
         )
         for rows in _blocks(spec, X, 2 * min(n_in, n_out))
     )
@@ -234,7 +234,7 @@ def residual_grads(
     def block_sums(rows: slice) -> tuple[Array, list[Layer]]:
         Z, H, tape = last if rows is blocks[-1] else jet(rows)
         Gt = xp.permute_dims(GJ[rows, ...], (2, 0, 1))
-        grads = jets.grad_sums(spec, layers, Z, H, tape, G[rows, ...], Gt, _part(Gs, rows), c)
+        grads = jets.grad_sums(spec, layers, Z, H, tape, G[rows, ...], Gt, part(Gs, rows), c)
         return xp.sum(values[rows]), grads
 
     return _reduced(spec, map(block_sums, blocks), X, weight, reduction)
@@ -320,13 +320,10 @@ def _residual_loss(
 
 def _placed(name: str, value: Any, shape: tuple[int, ...], X: Array, backend: str | None) -> Array:
     """An array of this shape, in the library and dtype and on the device of X."""
-    argument = read(name, value)
-    home = common_home([read("X", X), argument], backend)
+    argument = validation.shared(read(name, value), backend)
     if tuple(argument.array.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(argument.array.shape)}")
-    dtype = dtype_name(X.dtype)
-    check_same_dtype([argument], dtype)
-    return home.place(argument, dtype)
+    return validation.placed_like([argument], read("X", X), backend)[0]
 
 
 def _checked_weight(weight: object) -> float:
@@ -343,10 +340,6 @@ def _blocks(spec: Spec, X: Array, n_arrays: int) -> Iterable[slice]:
     return row_blocks(X.shape[0], row_numbers * spec.xp.finfo(spec.dtype).bits // 8)
 
 
-def _part(array: Array | None, rows: slice) -> Array | None:
-    return None if array is None else array[rows, ...]
-
-
 def _reduced(
     spec: Spec,
     sums: Iterable[tuple[Array, list[Layer]]],
@@ -355,5 +348,5 @@ def _reduced(
     reduction: str,
 ) -> LossAndGrads:
     """Losses and gradients of all blocks, added, and divided once."""
-    loss, grads = reduce(lambda a, b: (a[0] + b[0], added(a[1], b[1])), sums)
+    loss, grads = added_losses(sums)
     return reduced(spec, Sums(loss, backprop.weight_sum(spec, X, weight), grads), reduction)

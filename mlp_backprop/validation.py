@@ -60,7 +60,7 @@ def network(
 ) -> Network:
     """Check the arguments of a forward pass."""
     layers = _shared_layers(read_params(params), backend)
-    inputs = _shared(read(name, X), backend)
+    inputs = shared(read(name, X), backend)
     rows = activation_rows(activation, len(layers))
     home = common_home([*flat(layers), inputs], backend)
     check_layer_shapes(layers)
@@ -86,10 +86,10 @@ def problem(
     """Check the arguments of a gradient; looking at values on a device waits for it."""
     layers = _shared_layers(read_params(params), backend)
     rows, loss_row = table_rows(len(layers), activation, loss, reduction)
-    inputs, targets = _shared(read("X", X), backend), _shared(read("y", y), backend)
+    inputs, targets = shared(read("X", X), backend), shared(read("y", y), backend)
     weight = None
     if sample_weight is not None:
-        weight = _shared(read("sample_weight", sample_weight), backend)
+        weight = shared(read("sample_weight", sample_weight), backend)
 
     data = [inputs, targets] if weight is None else [inputs, targets, weight]
     home = common_home([*flat(layers), *data], backend)
@@ -141,37 +141,37 @@ def like_params(value: Params, name: str, params: list[Layer], backend: str | No
     expected = [tuple(A.shape) for A in flat(params)]
     if shapes != expected:
         raise ValueError(f"{name} must have the shapes of params, {expected}, got {shapes}")
-    placed = iter(_placed_like(flat(layers), params[0].W, backend))
+    placed = iter(placed_like(flat(layers), read("params", params[0].W), backend))
     return [Layer(W, b) for W, b in zip(placed, placed, strict=True)]
 
 
 def like_outputs(value: Array, name: str, X: Array, params: list[Layer], backend: Any) -> Array:
     """Check and place an array (n, d_L), beside inputs and parameters that are placed already."""
-    argument = _shared(read(name, value), backend)
+    argument = shared(read(name, value), backend)
     expected = (X.shape[0], params[-1].b.shape[0])
     if tuple(argument.array.shape) != expected:
         raise ValueError(
             f"{name} must have the shape of the outputs, {expected}, got {_shape(argument)}"
         )
-    return _placed_like([argument], X, backend)[0]
+    return placed_like([argument], read("params", X), backend)[0]
 
 
-def _placed_like(arguments: list[Argument], like: Array, backend: str | None) -> list[Array]:
+def placed_like(arguments: list[Argument], like: Argument, backend: str | None) -> list[Array]:
     """In the library and dtype and on the device of an array that is placed already."""
-    dtype = dtype_name(like.dtype)
-    home = common_home([read("params", like), *arguments], backend)
+    dtype = dtype_name(like.array.dtype)
+    home = common_home([like, *arguments], backend)
     check_same_dtype(arguments, dtype)
     return [home.place(argument, dtype) for argument in arguments]
 
 
-def _shared(argument: Argument, backend: str | None) -> Argument:
+def shared(argument: Argument, backend: str | None) -> Argument:
     """The argument, or the same memory as an array of the backend's library."""
     array = namespaces.shared(argument.array, backend)
     return argument if array is argument.array else read(argument.name, array)
 
 
 def _shared_layers(layers: list[Layer], backend: str | None) -> list[Layer]:
-    return [Layer(_shared(W, backend), _shared(b, backend)) for W, b in layers]
+    return [Layer(shared(W, backend), shared(b, backend)) for W, b in layers]
 
 
 def table_rows(
