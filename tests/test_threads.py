@@ -110,8 +110,13 @@ def test_ctrl_c_while_waiting_comes_after_everything_has_stopped():
             time.sleep(0.05)
             finished.append(chunk)
 
-    with pytest.raises(KeyboardInterrupt):
-        run_chunks(task, 2, 2)
+    # A process that a shell began in the background ignores Ctrl-C, unless it is told otherwise.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_chunks(task, 2, 2)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert len(finished) == 1
 
 
@@ -371,6 +376,7 @@ def test_ctrl_c_leaves_nothing_broken(n):
         """
 expected = gradients()
 random.seed(0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for _ in range(30):
     ctrl_c = (os.kill, (os.getpid(), signal.SIGINT))
     try:
