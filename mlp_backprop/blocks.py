@@ -15,9 +15,10 @@ from mlp_backprop.types import Array, Layer, Namespace
 BLOCK_BYTES = 4 << 20
 
 
-def row_blocks(n: int, row_bytes: int) -> Iterator[slice]:
-    """Slices of n rows, of which each pass keeps that many bytes; a single empty one for n = 0."""
-    step = max(1, BLOCK_BYTES // row_bytes)
+def row_blocks(xp: Namespace, X: Array, row_numbers: int) -> Iterator[slice]:
+    """Slices of the rows of X, one even for none, for a pass that keeps so many numbers of each."""
+    n, row_bytes = X.shape[0], row_numbers * xp.finfo(X.dtype).bits // 8
+    step = max(1, int(BLOCK_BYTES // row_bytes))
     for start in range(0, max(1, n), step):
         yield slice(start, min(n, start + step))
 

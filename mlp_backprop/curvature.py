@@ -144,7 +144,7 @@ def _matrix(gauss_newton: bool, params: Params, X: Array, y: Array, **options: A
             "hvp, ggnvp or linear_operator, which form no matrix"
         )
     total: list[Array] = []
-    for cut in row_blocks(X.shape[0], row_bytes(spec)):
+    for cut in row_blocks(spec.xp, X, row_numbers(spec)):
         block = X[cut, :], y[cut, ...], part(weight, cut)
         found = hessians.blocks(spec, layers, *block, gauss_newton)
         total = [a + b for a, b in zip(total, found, strict=True)] if total else found
@@ -173,11 +173,11 @@ def assembled(spec: Spec, found: list[Array]) -> Array:
     return xp.take(xp.take(matrix, order, axis=0), order, axis=1)
 
 
-def row_bytes(spec: Spec) -> int:
-    """What a row takes: some arrays of (V7) for the widest layer, and products of (V8)."""
+def row_numbers(spec: Spec) -> int:
+    """What is kept of a row: some arrays of (V7) for the widest layer, and products of (V8)."""
     changes = 4 * max(spec.sizes[1:]) * sum(spec.sizes)
     products = 3 * max(n_out * (n_in + 1) for n_in, n_out in pairwise(spec.sizes))
-    return int((changes + products) * spec.xp.finfo(spec.dtype).bits // 8)
+    return changes + products
 
 
 @public
@@ -227,10 +227,10 @@ def ntk(
     options: dict[str, Any] = {"activation": activation, "backend": backend}
     xp, rows, layers, X1 = validation.network(params, X1, name="X1", **options)
     X2 = validation.network(layers, X2, name="X2", **options).X
-    deltas = layers[-1].b.shape[0] * products.row_bytes(xp, layers)
-    cuts = list(row_blocks(X2.shape[0], deltas))
+    deltas = layers[-1].b.shape[0] * products.row_numbers(layers)
+    cuts = list(row_blocks(xp, X2, deltas))
     strips = []
-    for cut in row_blocks(X1.shape[0], deltas):
+    for cut in row_blocks(xp, X1, deltas):
         parts = [hessians.kernel(xp, rows, layers, X1[cut, :], X2[other, :]) for other in cuts]
         strips.append(xp.concat(parts, axis=2))
     return joined(xp, strips)

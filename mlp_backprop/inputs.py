@@ -71,8 +71,7 @@ def input_grads(
         backend=backend,
     )
     xp, parts = spec.xp, []
-    row_bytes = 2 * sum(spec.sizes) * xp.finfo(spec.dtype).bits // 8
-    for rows in row_blocks(X.shape[0], row_bytes):
+    for rows in row_blocks(xp, X, 2 * sum(spec.sizes)):
         Z, H = backprop.forward(xp, spec.activations, layers, X[rows, ...])
         _, G = backprop.loss_and_output_grad(spec, H[-1], y[rows, ...], part(weight, rows))
         *_, (_, D) = backprop.backward(xp, spec.activations, layers, Z, H, G)
@@ -332,7 +331,7 @@ def _by_blocks(
     widths = [X.shape[1], *(b.shape[0] for _, b in layers)]
     row_numbers = 2 * sum(widths) + n_arrays * max(widths)
     parts = []
-    for rows in row_blocks(X.shape[0], row_numbers * xp.finfo(X.dtype).bits // 8):
+    for rows in row_blocks(xp, X, row_numbers):
         parts.append(derivative(*backprop.forward(xp, activations, layers, X[rows, ...])))
     return joined(xp, parts)
 

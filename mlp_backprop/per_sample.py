@@ -50,8 +50,7 @@ def block_sweeps(
         yield from tiled(params, X, y, weight)
         return
     row_numbers = spec.sizes[0] + 3 * sum(spec.sizes[1:])  # Z_l, H_l and D_l
-    row_bytes = row_numbers * spec.xp.finfo(spec.dtype).bits // 8
-    for rows in row_blocks(X.shape[0], row_bytes):
+    for rows in row_blocks(spec.xp, X, row_numbers):
         yield sweep(spec, params, X[rows, ...], y[rows, ...], part(weight, rows))
 
 

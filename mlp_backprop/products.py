@@ -77,7 +77,7 @@ def jvp(
     xp, rows, layers, X = validation.network(params, X, activation=activation, backend=backend)
     v = validation.like_params(v, "v", layers, backend)
     blocks = []
-    for cut in row_blocks(X.shape[0], row_bytes(xp, layers)):
+    for cut in row_blocks(xp, X, row_numbers(layers)):
         for step in tangents(xp, rows, layers, v, X[cut, :]):
             dH = step.dH
         blocks.append(dH)
@@ -131,7 +131,7 @@ def vjp(
     def sums(cut: slice) -> list[Layer]:
         return backprop.loss_and_grad_sums(spec, layers, X[cut, :], u[cut, :], None).grads
 
-    return divided(spec, added_up(spec, layers, X.shape[0], sums), 1.0)
+    return divided(spec, added_up(spec, layers, X, sums), 1.0)
 
 
 @public
@@ -334,24 +334,23 @@ def product(kind: Kind, problem: validation.Problem, v: list[Layer], reduction: 
             block = X[cut, :], y[cut, ...], part(weight, cut)
             return product_sums(spec, kind, params, v, *block)
 
-        total = added_up(spec, params, X.shape[0], sums)
+        total = added_up(spec, params, X, sums)
     return divided(
         spec, total, backprop.weight_sum(spec, X, weight) if reduction == "mean" else 1.0
     )
 
 
 def added_up(
-    spec: Spec, params: list[Layer], n: int, sums: Callable[[slice], list[Layer]]
+    spec: Spec, params: list[Layer], X: Array, sums: Callable[[slice], list[Layer]]
 ) -> list[Layer]:
     """The sums over all blocks of rows."""
-    return reduce(added, map(sums, row_blocks(n, row_bytes(spec.xp, params))))
+    return reduce(added, map(sums, row_blocks(spec.xp, X, row_numbers(params))))
 
 
 def divided(spec: Spec, sums: list[Layer], divisor: Array | float) -> list[Layer]:
     return Sums(0.0, divisor, sums).divided(spec, divisor)[1]
 
 
-def row_bytes(xp: Namespace, params: list[Layer]) -> int:
-    """What a row takes: the five arrays of each step going up, and about as many going down."""
-    widths = sum(b.shape[0] for _, b in params)
-    return int(10 * widths * xp.finfo(params[0].b.dtype).bits // 8)
+def row_numbers(params: list[Layer]) -> int:
+    """What is kept of a row: the five arrays of each step up, and about as many going down."""
+    return 10 * sum(int(b.shape[0]) for _, b in params)

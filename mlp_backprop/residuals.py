@@ -336,8 +336,7 @@ def _checked_weight(weight: object) -> float:
 
 def _blocks(spec: Spec, X: Array, n_arrays: int) -> Iterable[slice]:
     """Blocks of rows, for a tape of Z_l, H_l and so many more arrays of each layer."""
-    row_numbers = (2 + n_arrays) * sum(spec.sizes)
-    return row_blocks(X.shape[0], row_numbers * spec.xp.finfo(spec.dtype).bits // 8)
+    return row_blocks(spec.xp, X, (2 + n_arrays) * sum(spec.sizes))
 
 
 def _reduced(

@@ -225,7 +225,7 @@ def test_blocks_of_the_gradient_are_joined(reduction, rows_per_block, monkeypatc
     problem = make_problem(weighted=True, loss="softmax_cross_entropy")
     expected = run_grads(problem, reduction=reduction)
     monkeypatch.setattr(blocks, "BLOCK_BYTES", rows_per_block * 2 * (3 + 5 + 2 + 4) * 8)
-    cuts = list(blocks.row_blocks(7, 2 * (3 + 5 + 2 + 4) * 8))
+    cuts = list(blocks.row_blocks(np, np.zeros((7, 3)), 2 * (3 + 5 + 2 + 4)))
     assert [cut.stop - cut.start for cut in cuts] == {1: [1] * 7, 3: [3, 3, 1]}[rows_per_block]
     assert_close(run_grads(problem, reduction=reduction), expected, 1e-14)
 
