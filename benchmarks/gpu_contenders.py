@@ -23,7 +23,6 @@ import numpy as np
 
 from mlp_backprop import backprop, compute_grads, prepare_grads, validation
 from mlp_backprop.bench_contenders import Answer, Contender, Ready, Task
-from mlp_backprop.gradients import reduced
 from mlp_backprop.types import flat
 
 
@@ -49,6 +48,12 @@ def _prepared(task: Task, precision: str) -> Ready:
     return Ready(lambda: grad_fn(task.params, task.X, task.y), _read)
 
 
+def _bound(task: Task, precision: str) -> Ready:
+    """From the same arrays into the same arrays every time, as a CUDA graph."""
+    grad_fn = prepare_grads(task.params, n=len(task.X), precision=precision, **_options(task))
+    return Ready(grad_fn.bind(task.params, task.X, task.y), _read)
+
+
 def _call(task: Task, precision: str) -> Ready:
     params, X, y = task[:3]
     options = _options(task)
@@ -57,32 +62,27 @@ def _call(task: Task, precision: str) -> Ready:
 
 def _tier(name: str, task: Task, precision: str) -> Ready:
     """One tier of the CuPy engine, also where the engine would take another."""
-    from mlp_backprop.engines import cupy_engine
-
-    tier = import_module(f"mlp_backprop.engines.{name}")
-
-    def plan(spec: Any, n: int, precision: str) -> Any:
-        run = tier.plan(spec, n, precision)
-        return run and (lambda *arrays: cupy_engine.in_one_array(spec, run(*arrays)))
-
-    return _pass(plan, task, precision)
+    spec, arrays = _checked(task)
+    run = import_module(f"mlp_backprop.engines.{name}").plan(spec, len(task.X), precision)
+    if run is None:
+        raise ValueError("this net is not covered")
+    return Ready(lambda: run(*arrays, True, None), _read)
 
 
 def _derivation(task: Task, precision: str) -> Ready:
     """backprop.py on the arrays' library, one operation after the other."""
     if precision != "float32":
         raise ValueError("the derivation computes in float32")
-    return _pass(lambda spec, n, precision: backprop.plan(spec), task, precision)
+    spec, arrays = _checked(task)
+    run = backprop.plan(spec)
+    return Ready(lambda: backprop.reduced(spec, run(*arrays), "mean"), _read)
 
 
-def _pass(plan: Any, task: Task, precision: str) -> Ready:
+def _checked(task: Task) -> tuple[backprop.Spec, list[Any]]:
     spec, *arrays = validation.problem(
         *task[:3], reduction="mean", sample_weight=None, backend=None, **_options(task)
     )
-    run = plan(spec, len(task.X), precision)
-    if run is None:
-        raise ValueError("this net is not covered")
-    return Ready(lambda: reduced(spec, run(*arrays), "mean"), _read)
+    return spec, arrays
 
 
 # torch -------------------------------------------------------------------------------------------
@@ -203,6 +203,7 @@ def _jax(task: Task, precision: str) -> Ready:
 
 QUICK = {
     "prepared": _prepared,
+    "bound": _bound,
     "call": _call,
     "cuda_tiny": partial(_tier, "cuda_tiny"),
     "cuda_warp_tiles": partial(_tier, "cuda_warp_tiles"),
@@ -219,6 +220,7 @@ COMPILED = {
     "torch_autotune": partial(_torch, compile_mode="max-autotune"),
 }
 
+OURS = ("prepared", "bound")
 TORCH = ("torch", "torch_graph", *COMPILED)
 
 

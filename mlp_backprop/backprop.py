@@ -62,6 +62,11 @@ class Sums(NamedTuple):
 Run = Callable[[list[Layer], Array, Array, Array | None], Any]  # Sums, or what has its parts
 
 
+def reduced(spec: Spec, sums: Sums, reduction: str) -> tuple[Array, list[Layer]]:
+    """The one place where a sum becomes a mean."""
+    return sums.divided(spec, sums.weight if reduction == "mean" else 1.0)
+
+
 def forward(
     xp: Namespace, activations: Activations, params: list[Layer], X: Array
 ) -> tuple[list[Array], list[Array]]:

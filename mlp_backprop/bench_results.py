@@ -212,9 +212,9 @@ TARGETS = (
         lambda results: _worst(ratios(results, NUMBA, JAX, _narrow)),
     ),
     Target(
-        "numba engine against torch, 2-10-5-1 with n = 1",
+        "numba engine against torch, 2-10-5-1 with n = 1, bound",
         *(20, 40, "x"),
-        lambda results: _worst(ratios(results, NUMBA, TORCH, _single)),
+        lambda results: _worst(ratios(results, ("bound_numba",), TORCH, _single)),
     ),
     Target(
         "our better engine against the better of torch and JAX, worst cell",

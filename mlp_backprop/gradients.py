@@ -154,12 +154,7 @@ def compute_grads(
         precision=precision,
     )
     run = namespaces.plan(spec, X.shape[0], backend, precision)
-    return reduced(spec, run(layers, X, y, weight), reduction)
-
-
-def reduced(spec: backprop.Spec, sums: backprop.Sums, reduction: str) -> LossAndGrads:
-    """The one place where a sum becomes a mean."""
-    return LossAndGrads(*sums.divided(spec, sums.weight if reduction == "mean" else 1.0))
+    return LossAndGrads(*run(layers, X, y, weight, reduction))
 
 
 @public

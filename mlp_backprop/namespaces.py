@@ -8,6 +8,7 @@ namespace; for other libraries array-api-compat finds or completes theirs.
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from mlp_backprop import backprop
 from mlp_backprop.engines import numpy_tiles
-from mlp_backprop.types import Array, Namespace
+from mlp_backprop.types import Array, Layer, Namespace, Params, flat
 
 
 class Backend(NamedTuple):
@@ -268,10 +269,43 @@ def is_writeable(xp: Namespace, array: Array) -> bool:
     return library_name(xp) != "jax"
 
 
-def plan(
-    spec: backprop.Spec, n: int, backend: str | None, precision: str = "float32"
-) -> backprop.Run:
-    """The engine for a problem of up to n rows: the first that covers it, or the derivation."""
+class Pass:
+    """An engine's run, which gives sums, with the division behind it."""
+
+    def __init__(self, spec: backprop.Spec, run: backprop.Run) -> None:
+        self.spec, self.run = spec, run
+
+    def __call__(
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        reduction: str,
+        out: Params | None = None,
+    ) -> tuple[Array, list[Layer]]:
+        """Loss and gradients, these in the arrays of `out` if there is one."""
+        loss, grads = backprop.reduced(self.spec, self.run(params, X, y, weight), reduction)
+        if out is None:
+            return loss, grads
+        for grad, target in zip(flat(grads), flat(out), strict=True):
+            as_plain(target)[...] = grad
+        return loss, [Layer(W, b) for W, b in out]
+
+    def bound(
+        self, params: list[Layer], X: Array, y: Array, weight: Array | None, reduction: str
+    ) -> Callable[[], tuple[Array, list[Layer]]]:
+        """The pass over these arrays, whatever they hold when it is called."""
+        bound = getattr(self.run, "bound", partial(partial, self))
+        return bound(params, X, y, weight, reduction)
+
+
+def plan(spec: backprop.Spec, n: int, backend: str | None, precision: str = "float32") -> Any:
+    """A Pass over up to n rows, by the first engine that covers it, or by the derivation."""
+    if spec.xp is not np and library_name(spec.xp) == "cupy":
+        from mlp_backprop.engines import cupy_engine
+
+        return cupy_engine.plan(spec, n, precision)
     run = None
     if backend == "numba":
         from mlp_backprop.engines import numba_engine
@@ -279,11 +313,7 @@ def plan(
         run = numba_engine.plan(spec, n)
     if run is None and spec.xp is np:
         run = numpy_tiles.plan(spec, n)
-    if spec.xp is not np and library_name(spec.xp) == "cupy":
-        from mlp_backprop.engines import cupy_engine
-
-        run = cupy_engine.plan(spec, n, precision)
-    return run or backprop.plan(spec)
+    return Pass(spec, run or backprop.plan(spec))
 
 
 def plan_sweeps(spec: backprop.Spec, n: int) -> Callable[..., Iterator[Any]] | None:

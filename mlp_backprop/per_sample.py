@@ -23,7 +23,7 @@ from mlp_backprop import backprop, namespaces, validation
 from mlp_backprop.arguments import type_name
 from mlp_backprop.backprop import Spec, Sums
 from mlp_backprop.blocks import added_losses, joined, part, row_blocks
-from mlp_backprop.gradients import LossAndGrads, public, reduced
+from mlp_backprop.gradients import LossAndGrads, public
 from mlp_backprop.types import Array, Layer, Namespace, Params
 
 Factors = tuple[Array, Array]  # D_l and H_{l-1}
@@ -305,7 +305,7 @@ def clipped_grads(
     )
     total, grads = added_losses(blocks)
     weights = backprop.weight_sum(spec, X, weight)
-    return reduced(spec, Sums(total, weights, grads), reduction)
+    return LossAndGrads(*backprop.reduced(spec, Sums(total, weights, grads), reduction))
 
 
 def _checked_norm(max_norm: object) -> float:

@@ -1,6 +1,6 @@
 """The prepared call: everything that shapes decide is done once, and then only the arithmetic."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 from mlp_backprop import namespaces, validation
 from mlp_backprop.arguments import Argument, dtype_name, read_params
 from mlp_backprop.backprop import Spec
-from mlp_backprop.gradients import LossAndGrads, quietly, reduced
+from mlp_backprop.gradients import LossAndGrads, quietly
 from mlp_backprop.types import Array, Layer, Params, flat
 
 _kind = attrgetter("shape", "dtype")
@@ -88,6 +88,56 @@ class PreparedGrads:
         self._shapes = flat(((n_out, n_in), (n_out,)) for n_in, n_out in pairwise(spec.sizes))
         self._kinds = [(shape, spec.dtype) for shape in self._shapes]
 
+    def bind(
+        self, params: Params, X: Array, y: Array, sample_weight: Array | None = None
+    ) -> Callable[[], LossAndGrads]:
+        """Prepare for the same arrays again and again: the quickest call there is.
+
+        Parameters
+        ----------
+        params, X, y, sample_weight
+            As for the prepared call, and refused as there.
+
+        Returns
+        -------
+        callable
+            A function without arguments, which gives (loss, grads) for what the arrays hold by
+            then: change them in place. The arrays of `grads`, and on a GPU that of `loss`, may be
+            the same ones every time: copy what shall outlast the next call. What had to be
+            converted, a list for example, is read now. One thread at a time may call this or the
+            prepared call.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from mlp_backprop import init_params, prepare_grads
+        >>> params = init_params([2, 10, 5, 1], rng=0)
+        >>> X, y = np.ones((32, 2)), np.zeros((32, 1))
+        >>> step = prepare_grads(params, n=32).bind(params, X, y)
+        >>> for _ in range(3):
+        ...     loss, grads = step()
+        ...     for (W, b), (dW, db) in zip(params, grads):
+        ...         W -= 0.1 * dW
+        ...         b -= 0.1 * db
+        """
+        given, backend = (params, X, y, sample_weight), self._options["backend"]
+        fits = self._fits(*given)
+        with namespaces.callers_stream([X], backend):
+            arrays = given if fits else self._checked(*given)
+            self._check_n(arrays[1])
+            self._check_values(*arrays[1:])
+            run = quietly(self._run.bound)(*arrays, self._options["reduction"])
+
+        def call() -> LossAndGrads:
+            self._check_values(*arrays[1:])
+            return LossAndGrads(*run())
+
+        def call_on_stream() -> LossAndGrads:
+            with namespaces.callers_stream([X], backend):
+                return call()
+
+        return quietly(call if fits else call_on_stream)
+
     @quietly
     def __call__(
         self,
@@ -99,21 +149,22 @@ class PreparedGrads:
         out: Params | None = None,
     ) -> LossAndGrads:
         """Loss and gradients, as `compute_grads` gives them."""
-        if self._fits(params, X, y, sample_weight):
-            if self._values_matter or sample_weight is not None or len(X) == 0:
-                self._check_values(X, y, sample_weight)
-            return self._call((params, X, y, sample_weight), out)
+        if self._fits(params, X, y, sample_weight) and (out is None or self._takes_grads(out)):
+            self._check_values(X, y, sample_weight)
+            return self._call(params, X, y, sample_weight, out)
         with namespaces.callers_stream([X], self._options["backend"]):
-            return self._call(self._checked(params, X, y, sample_weight), out)
+            checked = self._checked(params, X, y, sample_weight)
+            if out is not None:
+                self._check_out(out)
+            return self._call(*checked, out)
 
-    def _call(self, arrays: tuple[Any, Array, Array, Array | None], out: Any) -> LossAndGrads:
-        n = arrays[1].shape[0]
-        if n > self._n:
-            raise ValueError(f"prepared for up to {self._n} rows, X has {n}")
-        if out is not None:
-            self._check_out(out)
-        loss, grads = reduced(self._spec, self._run(*arrays), self._options["reduction"])
-        return LossAndGrads(loss, grads if out is None else _written(grads, out))
+    def _call(self, params: Any, X: Array, y: Array, weight: Any, out: Any) -> LossAndGrads:
+        self._check_n(X)
+        return LossAndGrads(*self._run(params, X, y, weight, self._options["reduction"], out))
+
+    def _check_n(self, X: Array) -> None:
+        if X.shape[0] > self._n:
+            raise ValueError(f"prepared for up to {self._n} rows, X has {X.shape[0]}")
 
     def _fits(self, params: Any, X: Any, y: Any, weight: Any) -> bool:
         """Whether all are NumPy or CuPy arrays of the right shapes and dtype, as they mostly are.
@@ -121,14 +172,10 @@ class PreparedGrads:
         Everything else, right or wrong, is for the full checks. This one is on the way of every
         small call, so it is written to be fast.
         """
-        if type(X) not in self._array_types or type(params) is not list:
+        arrays = _arrays_of(params)
+        if arrays is None or type(X) not in self._array_types:
             return False
         rows, sizes, dtype = X.shape[:1], self._spec.sizes, self._spec.dtype
-        arrays: list[Any] = []
-        for layer in params:
-            if not isinstance(layer, tuple):
-                return False
-            arrays += layer
         expected = [*self._kinds, ((*rows, sizes[0]), dtype)]
         arrays.append(X)
         if not self._are_labels(y, rows):
@@ -138,6 +185,16 @@ class PreparedGrads:
             arrays.append(weight)
             expected.append((rows, dtype))
         return {*map(type, arrays)} == self._array_types and [*map(_kind, arrays)] == expected
+
+    def _takes_grads(self, out: Any) -> bool:
+        """Whether `out` can be written to as it is."""
+        arrays = _arrays_of(out)
+        return (
+            arrays is not None
+            and {*map(type, arrays)} == self._array_types
+            and [*map(_kind, arrays)] == self._kinds
+            and (self._on_gpu or all(array.flags.writeable for array in arrays))
+        )
 
     def _are_labels(self, y: Any, rows: tuple[int, ...]) -> bool:
         return (
@@ -149,9 +206,11 @@ class PreparedGrads:
         )
 
     def _check_values(self, X: Array, y: Array, weight: Array | None) -> None:
+        if weight is None and X.shape[0] > 0 and not self._values_matter:
+            return
         xp, reduction = self._spec.xp, self._options["reduction"]
         weights = None if weight is None else Argument("sample_weight", weight, xp)
-        validation.check_weight_shape(weights, len(X), reduction)
+        validation.check_weight_shape(weights, X.shape[0], reduction)
         if self._on_gpu:
             return
         validation.check_target_values(Argument("y", y, xp), self._spec.loss, self._spec.sizes[-1])
@@ -181,11 +240,16 @@ class PreparedGrads:
             raise ValueError("out holds arrays that cannot be written to")
 
 
-def _written(grads: list[Layer], out: Params) -> list[Layer]:
-    for layer, targets in zip(grads, out, strict=True):
-        for grad, target in zip(layer, targets, strict=True):
-            namespaces.as_plain(target)[...] = grad
-    return [Layer(W, b) for W, b in out]
+def _arrays_of(layers: Any) -> list[Any] | None:
+    """The arrays of a list of tuples, as gradients come; None for everything else."""
+    if type(layers) is not list:
+        return None
+    arrays: list[Any] = []
+    for layer in layers:
+        if not isinstance(layer, tuple):
+            return None
+        arrays += layer
+    return arrays
 
 
 def _described(spec: Spec) -> str:

@@ -15,7 +15,7 @@ from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.arguments import read, type_name
 from mlp_backprop.backprop import Activations, Spec, Sums
 from mlp_backprop.blocks import added_losses, joined, part, row_blocks
-from mlp_backprop.gradients import LossAndGrads, on_callers_stream, public, quietly, reduced
+from mlp_backprop.gradients import LossAndGrads, on_callers_stream, public, quietly
 from mlp_backprop.inputs import read_inputs
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.types import Array, Layer, Params
@@ -341,11 +341,12 @@ def _blocks(spec: Spec, X: Array, n_arrays: int) -> Iterable[slice]:
 
 def _reduced(
     spec: Spec,
-    sums: Iterable[tuple[Array, list[Layer]]],
+    blocks: Iterable[tuple[Array, list[Layer]]],
     X: Array,
     weight: Array | None,
     reduction: str,
 ) -> LossAndGrads:
     """Losses and gradients of all blocks, added, and divided once."""
-    loss, grads = added_losses(sums)
-    return reduced(spec, Sums(loss, backprop.weight_sum(spec, X, weight), grads), reduction)
+    loss, grads = added_losses(blocks)
+    sums = Sums(loss, backprop.weight_sum(spec, X, weight), grads)
+    return LossAndGrads(*backprop.reduced(spec, sums, reduction))

@@ -148,3 +148,36 @@ class Guarded:
             raise EmulationError(f"an array of {self.array.shape} was written to outside")
         if self.array.flags.writeable:
             self.array.reshape(-1).view(np.uint8)[...] = self.inside
+
+
+# Arrays that tell their address as CuPy's do ------------------------------------------------------
+
+
+class Place:
+    """As cupy.cuda.MemoryPointer: a byte of an array."""
+
+    def __init__(self, array: np.ndarray, offset: int = 0) -> None:
+        self.array, self.offset = array, offset
+        self.ptr = array.ctypes.data + offset
+
+    def __add__(self, offset: int) -> "Place":
+        return Place(self.array, self.offset + offset)
+
+
+class DeviceArray(np.ndarray):
+    """A NumPy array with CuPy's `data`."""
+
+    @property
+    def data(self) -> Place:
+        return Place(self)
+
+
+def on_device(A: np.ndarray | None) -> DeviceArray | None:
+    return None if A is None else A.view(DeviceArray)
+
+
+def view(shape: tuple[int, ...], dtype: Any, place: Place) -> DeviceArray:
+    """As cupy.ndarray(shape, dtype, memory)."""
+    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = place.array.reshape(-1).view(np.uint8)[place.offset :][:n_bytes]
+    return memory.view(dtype).reshape(shape)

@@ -5,12 +5,13 @@
               matrices are read by columns, as cuBLAS does, and multiplied in float64
     module    kernels in the emulation
 
-All work goes through `enqueue`, which does it at once or records it. Addresses outside of what was
-allocated fail; fresh memory holds nan.
+All work goes through `enqueue`, which does it at once or records it. Addresses outside of what is
+allocated fail; fresh memory holds nan. Memory of arrays that are gone is given out again.
 """
 
 import ctypes
 import sys
+import weakref
 from types import SimpleNamespace
 
 import emulation
@@ -19,6 +20,7 @@ import numpy as np
 from mlp_backprop.engines import cublaslt, cuda_build
 
 GUARD = 256  # bytes, before and after each array
+MOST_NUMBER = 1 << 40  # that a kernel is given: beyond are addresses
 DTYPES = {number: name for name, number in cublaslt.DATA_TYPES.items()}
 ELEMENTS = {"float32": np.float32, "float64": np.float64, "bfloat16": np.uint16}
 
@@ -27,15 +29,18 @@ class HostDevice:
     """What the tests put in place of a device; see `install`."""
 
     def __init__(self, l2_bytes=1 << 20, free_bytes=1 << 40):
-        self.memory = []  # (address, bytes, all of it) of each array
+        self.blocks = []  # all memory: (address, bytes, with what lies around it)
+        self.live = {}  # address: bytes, of each array
+        self.free = {}  # bytes: addresses and memory, as in CuPy's pool
         self.recording = None
         self.launches = []  # names, in order
-        self.streams = {0: None}
         self.current = 0
         self.lt = HostCublasLt(self)
         self.cupy = SimpleNamespace(
             empty=self.empty,
+            ndarray=ndarray,
             ascontiguousarray=self.ascontiguousarray,
+            divide=np.divide,
             get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: 0),
             cuda=SimpleNamespace(
                 Device=lambda: SimpleNamespace(
@@ -67,12 +72,27 @@ class HostDevice:
         assert self.recording is None, "memory is allocated while a graph is recorded"
         dtype = np.dtype(dtype)
         size = int(np.prod(shape)) * dtype.itemsize
-        memory = np.full(size + 3 * GUARD, 0xFF, np.uint8)
-        start = GUARD + -memory.ctypes.data % GUARD
-        array = np.ndarray(shape, dtype, buffer=memory, offset=start).view(HostArray)
+        free = self.free.setdefault(size, [])
+        address, memory = free.pop() if free else self._block(size)
+        start = address - memory.ctypes.data
+        memory[start : start + size] = 0xFF
+        self.live[address] = size
+        # Arrays and their views keep this alive.
+        held = (ctypes.c_char * max(size, 1)).from_buffer(memory, start)
+        weakref.finalize(held, self._release, address, memory).atexit = False
+        array = np.ndarray(shape, dtype, buffer=held).view(HostArray)
         array.owner = self
-        self.memory.append((memory.ctypes.data + start, size, memory))
         return array
+
+    def _block(self, size):
+        memory = np.full(size + 3 * GUARD, 0xFF, np.uint8)
+        address = memory.ctypes.data + GUARD + -memory.ctypes.data % GUARD
+        self.blocks.append((address, size, memory))
+        return address, memory
+
+    def _release(self, address, memory):
+        size = self.live.pop(address)
+        self.free[size].append((address, memory))
 
     def array(self, values, shift=0):
         """Values placed on the device, `shift` elements away from where allocations begin."""
@@ -90,12 +110,12 @@ class HostDevice:
 
     def check(self, address, size):
         if size and not any(
-            start <= address and address + size <= start + n for start, n, _ in self.memory
+            start <= address and address + size <= start + n for start, n in self.live.items()
         ):
             raise AssertionError(f"{size} bytes at {address:#x} belong to no array")
 
     def check_guards(self):
-        for address, size, memory in self.memory:
+        for address, size, memory in self.blocks:
             start = address - memory.ctypes.data
             assert (memory[:start] == 0xFF).all(), "written before an array"
             assert (memory[start + size :] == 0xFF).all(), "written behind an array"
@@ -107,11 +127,13 @@ class HostDevice:
 
         def get_function(name):
             def launch(grid, block, arguments):
-                values = [
-                    ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a
-                    for a in arguments
-                ]
-                self.enqueue(lambda: compiled.launch(name, grid, block, *values))
+                def work():
+                    for argument in arguments:
+                        if argument > MOST_NUMBER:
+                            self.check(argument, 1)
+                    compiled.launch(name, grid, block, *arguments)
+
+                self.enqueue(work)
                 self.launches.append(name)
 
             return launch
@@ -129,25 +151,41 @@ class HostArray(np.ndarray):
 
     @property
     def data(self):
-        def memset_async(value, size):
-            self.owner.check(self.ctypes.data, size)
-            self.owner.enqueue(lambda: ctypes.memset(self.ctypes.data, value, size))
-
-        def copy_from_device_async(source, size):
-            for pointer in (self.ctypes.data, source.ptr):
-                self.owner.check(pointer, size)
-            self.owner.enqueue(lambda: ctypes.memmove(self.ctypes.data, source.ptr, size))
-
-        return SimpleNamespace(
-            ptr=self.ctypes.data if self.size else 0,
-            memset_async=memset_async,
-            copy_from_device_async=copy_from_device_async,
-        )
+        return HostMemory(self)
 
     def copy(self):
         copy = self.owner.empty(self.shape, self.dtype)
         copy[...] = self
         return copy
+
+
+class HostMemory:
+    """As cupy.cuda.MemoryPointer: what lies in an array from an offset on."""
+
+    device_id = 0
+
+    def __init__(self, array, offset=0):
+        self.array, self.offset, self.owner = array, offset, array.owner
+        self.ptr = array.ctypes.data + offset if array.size else 0
+
+    def __add__(self, offset):
+        return HostMemory(self.array, self.offset + offset)
+
+    def memset_async(self, value, size):
+        self.owner.check(self.ptr, size)
+        self.owner.enqueue(lambda: ctypes.memset(self.ptr, value, size))
+
+    def copy_from_device_async(self, source, size):
+        for pointer in (self.ptr, source.ptr):
+            self.owner.check(pointer, size)
+        self.owner.enqueue(lambda: ctypes.memmove(self.ptr, source.ptr, size))
+
+
+def ndarray(shape, dtype, memory):
+    """As cupy.ndarray: the numbers there."""
+    size = np.dtype(dtype).itemsize * int(np.prod(shape))
+    there = slice(memory.offset, memory.offset + size)
+    return memory.array.reshape(-1).view(np.uint8)[there].view(dtype).reshape(shape)
 
 
 class HostStream:

@@ -337,8 +337,8 @@ def test_unknown_selection_is_refused():
 
 
 def made_up():
-    """The full grid, where torch takes 8, JAX 4, the NumPy engine 2 and the numba engine 1 s."""
-    seconds = {"torch": 8.0, "jax": 4.0, "prepared": 2.0, "prepared_numba": 1.0}
+    """The full grid: torch takes 8, JAX 4, the NumPy engine 2, the numba engine 1, bound 0.8 s."""
+    seconds = {"torch": 8.0, "jax": 4.0, "prepared": 2.0, "prepared_numba": 1.0, "bound_numba": 0.8}
 
     def entry(median):
         return {
@@ -384,7 +384,7 @@ def test_summary_of_made_up_results():
     # Of 16 small cells one is at 1/4, the others at 4; of 16 narrow ones one is at 32.
     small, narrow = 4 ** (14 / 16), 8 * 4 ** (1 / 16)
     assert [row["reached"] for row in rows] == pytest.approx(
-        [small, 4, 4, 0.25, narrow, 4, 8, 4, 10, 2e-7, 0.2]
+        [small, 4, 4, 0.25, narrow, 4, 10, 4, 10, 2e-7, 0.2]
     )
     assert [row["verdict"] for row in rows] == [
         *["reached", "aim reached", "aim reached", "missed", "aim reached", "aim reached"],
@@ -396,7 +396,7 @@ def test_summary_of_made_up_results():
 def test_summary_leaves_out_what_is_missing():
     results = made_up()
     for cell in results["cells"]:
-        del cell["timings"]["prepared_numba"]
+        del cell["timings"]["prepared_numba"], cell["timings"]["bound_numba"]
     missing = [row["target"] for row in bench_results.summary(results) if row["reached"] is None]
     assert len(missing) == 3
     assert all(target.startswith("numba engine") for target in missing)
@@ -408,12 +408,13 @@ def test_summary_leaves_out_what_is_missing():
 def test_tables_show_every_cell_and_every_reason():
     results = made_up()
     times = bench_results.times_table(results, "float32")
-    assert times.head == ["net", "n", "prepared", "prepared_numba", "torch", "jax"]
+    assert times.head == ["net", "n", "prepared", "prepared_numba", "bound_numba", "torch", "jax"]
     assert [
         "2-10-5-1",
         "10 000 000",
         "2 000 000",
         "1 000 000",
+        "800 000",
         "8 000 000",
         "4 000 000",
     ] in times.rows
@@ -421,6 +422,7 @@ def test_tables_show_every_cell_and_every_reason():
     assert bench_results.ratios_table(results, "float64").rows[0][2:] == [
         "4.00",
         "8.00",
+        "10.00",
         "1.00",
         "2.00",
     ]
@@ -428,6 +430,7 @@ def test_tables_show_every_cell_and_every_reason():
         "2-10-5-1",
         "10 000 000",
         "10.0",
+        "–",
         "–",
         "–",
         "–",
@@ -467,7 +470,7 @@ def test_report_fills_the_page_and_draws_the_charts(tmp_path):
     report.main(arguments)
 
     once = page.read_text(encoding="utf-8")
-    assert "| 2-10-5-1 | 1 | 2 000 000 | 1 000 000 | 8 000 000 | 4 000 000 |\n" in once
+    assert "| 2-10-5-1 | 1 | 2 000 000 | 1 000 000 | 800 000 | 8 000 000 | 4 000 000 |\n" in once
     assert "| 2-10-5-1 | 1 | " in (tmp_path / "README.md").read_text(encoding="utf-8")
     charts = {path.name: path.read_bytes() for path in (tmp_path / "docs/images").iterdir()}
     assert {"throughput.svg", "throughput.png", "torch-ratio.svg", "torch-ratio.png"} == set(charts)

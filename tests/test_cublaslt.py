@@ -66,6 +66,7 @@ def run(device, A, B, *, transpose_A=False, transpose_B=False, compute="float32"
         accumulate="C" in options,
         workspace=workspace.data.ptr,
         stream=0,
+        **({"scale": options["scale"]} if "scale" in options else {}),
     )
     rows = np.lib.stride_tricks.as_strided(
         memory[2], C.shape, (strides[2] * memory[2].itemsize, memory[2].itemsize)
@@ -88,6 +89,16 @@ def test_products_by_rows(device, shape, transpose_A, transpose_B, compute):
     tolerance = PRECISIONS[compute][2] * k
     assert_allclose(run(device, *operands, **flags), A @ B, atol=tolerance)
     assert_allclose(run(device, *operands, **flags, C=C), C + A @ B, atol=tolerance)
+    scaled = run(device, *operands, **flags, C=C, scale=1 / 3)
+    assert_allclose(scaled, C + (A @ B) / 3, atol=tolerance)
+
+
+@pytest.mark.parametrize("compute", PRECISIONS)
+def test_the_scale_is_of_the_compute_type(device, compute):
+    one, third = np.ones((1, 1)), 1 / 3
+    got = run(device, one, one, compute=compute, scale=third)
+    exact = third if compute == "float64" else np.float32(third)
+    assert_array_equal(got, [[exact]])
 
 
 def test_what_the_library_is_asked(device):
@@ -252,10 +263,11 @@ def test_products_on_a_device(cupy, shape, compute):
     workspace = cupy.empty(cublaslt.WORKSPACE_BYTES, np.uint8)
     bound = BOUNDS[compute] * np.linalg.norm(A) * np.linalg.norm(B)
 
-    def run(accumulate):
+    def run(accumulate, scale=1.0):
         sums = cupy.asarray(C.astype(ELEMENTS[result]))
         product(
             *(M.data.ptr for M in (*on_device, sums)),
+            scale=scale,
             accumulate=accumulate,
             workspace=workspace.data.ptr,
             stream=cupy.cuda.get_current_stream().ptr,
@@ -264,6 +276,7 @@ def test_products_on_a_device(cupy, shape, compute):
 
     assert_allclose(run(False), A @ B, rtol=0, atol=bound)
     assert_allclose(run(True), C + A @ B, rtol=0, atol=bound)
+    assert_allclose(run(True, 1 / 3), C + (A @ B) / 3, rtol=0, atol=bound)
     assert_array_equal(run(True), run(True))
 
 

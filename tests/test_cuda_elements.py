@@ -1,6 +1,7 @@
 """What lies between the products of wide nets: the kernels of elements.cu, in the emulation."""
 
 import ctypes
+from itertools import product
 
 import emulation
 import numpy as np
@@ -12,8 +13,8 @@ from oracles import assert_close
 
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.engines import cuda_build
-from mlp_backprop.engines.cuda_layer_shapes import SLAB
-from mlp_backprop.engines.cuda_layers import KERNELS, LANES, WARPS
+from mlp_backprop.engines.cuda_layer_shapes import LANES, SLAB
+from mlp_backprop.engines.cuda_layers import KERNELS, WARPS
 from mlp_backprop.engines.cuda_tiny import SLOPES_FROM_Z
 from mlp_backprop.losses import LOSSES
 
@@ -103,25 +104,33 @@ def test_activate(activation, kind):
     assert_activates(activation, kind)
 
 
+# The columns of partials that are not a kernel's own.
+MORE = 4
+
+
+def assert_sums(partials, expected, sizes, tolerance):
+    """Sums over the rows of each slab, relative to those of the sizes of what is added up."""
+    for slab, sums in enumerate(partials):
+        part = slice(slab * SLAB, (slab + 1) * SLAB)
+        error = np.abs(sums - expected[part].sum(0))
+        assert (error <= tolerance * np.abs(sizes[part]).sum(0)).all()
+
+
 def assert_deltas(activation, kind, code=None):
     module, row = kernels(activation, kind=kind, code=code), ACTIVATIONS[activation]
-    for rows, width in EXTENTS:
+    for (rows, width), accumulate in product(EXTENTS, (False, True)):
         D, Z = (rows_of(kind, reals(kind, rows, width, seed=seed)) for seed in (0, 1))
         H, G = rows_of(kind, row.f(np, read_rows(Z))), read_rows(D)
         expected = G * row.df(np, read_rows(Z), read_rows(H))
-        slabs, n_sums = -(-rows // SLAB), width + 4
-        partials = np.ones(slabs * n_sums)
+        slabs, n_partials = -(-rows // SLAB), width + MORE
+        partials = np.ones((slabs, n_partials))
         launch(
             *(module, "delta", rows, width, D, H, Z if activation in SLOPES_FROM_Z else None),
-            *(rows, width, D.shape[1], partials, n_sums),
+            *(rows, width, D.shape[1], partials, n_partials, accumulate),
         )
         assert_close(read_rows(D), expected, TOLERANCE[kind])
-        partials = partials.reshape(slabs, n_sums)
         assert (partials[:, width:] == 1).all()
-        for slab, sums in enumerate(partials[:, :width] - 1):
-            part = slice(slab * SLAB, (slab + 1) * SLAB)
-            error = np.abs(sums - expected[part].sum(0)) / np.abs(G[part]).sum(0)
-            assert np.max(error) < TOLERANCE[kind]
+        assert_sums(partials[:, :width] - accumulate, expected, G, TOLERANCE[kind])
 
 
 @emulation.needs_compiler
@@ -130,54 +139,118 @@ def test_delta(activation, kind):
     assert_deltas(activation, kind)
 
 
-def lost(module, kind, H, Y, labels, weight, **options):
-    """Loss of each slab, and G."""
-    rows, width = H.shape
-    H = rows_of(kind, H)
-    G, slabs, n_sums = rows_of(kind, np.zeros((rows, width))), -(-rows // SLAB), 3
-    partials = np.ones((slabs, n_sums))
-    extent = (rows, width, H.shape[1])
-    launch(
-        *(module, "loss", rows, 1, H, Y, labels, weight, G, *extent, partials, n_sums), **options
-    )
-    assert (partials[:, :-1] == 1).all()
-    return partials[:, -1] - 1, read_rows(G)
+# The output layer --------------------------------------------------------------------------------
 
 
-def assert_loses(loss, kind, weighted, code=None):
-    module, row = kernels(loss=loss, kind=kind, code=code), LOSSES[loss]
-    rng = np.random.default_rng(0)
-    for rows, width in [*EXTENTS, (5, 3)]:
-        H = read_rows(rows_of(kind, reals(kind, rows, width)))
-        y = oracles.make_targets(rng, loss, rows, width)
-        y = y if y.ndim == 1 else y.astype(reals(kind).dtype)
-        weight = rng.uniform(0.5, 2, rows).astype(reals(kind).dtype) if weighted else None
-        Y, labels = (None, y) if y.ndim == 1 else (y, None)
-        sums, G = lost(module, kind, H, Y, labels, weight)
-        values, expected = row.value_and_grad(np, H, y.astype(float) if y.ndim == 2 else y)
-        if weighted:
-            values, expected = values * weight, expected * weight[:, None].astype(float)
-        assert_close(G, expected, TOLERANCE[kind])
-        by_slab = [values[i : i + SLAB].sum() for i in range(0, rows, SLAB)]
-        assert_close(sums, by_slab, min(TOLERANCE[kind], 2e-6))
+def written(module, kind, A, b, y, weight, blocks, accumulate=False, **options):
+    """D_L, its column sums for each slab, and the loss of each block, for products A."""
+    rows, width = A.shape
+    D = rows_of(kind, A)
+    slabs, n_partials = -(-rows // SLAB), width + blocks + MORE
+    partials = np.full((slabs, n_partials), 1.0 if accumulate else np.nan)
+    partials[:, -MORE:] = 7
+    Y, labels = (None, y) if y.ndim == 1 else (y, None)
+    given = (D, b, Y, labels, weight, rows, width, D.shape[1])
+    arguments = (*given, partials, n_partials, accumulate)
+    module.launch("output", (blocks, slabs), (LANES, WARPS), *arguments, **options)
+    assert (partials[:, -MORE:] == 7).all()
+    partials -= accumulate
+    return read_rows(D), partials[:, :width], partials[:, width:-MORE]
+
+
+def output_blocks(loss, width):
+    """The columns of each block of a slab."""
+    step = width if loss == "softmax_cross_entropy" else LANES
+    return [slice(first, min(first + step, width)) for first in range(0, width, step)]
+
+
+def assert_writes(loss, kind, weighted, activation=None, code=None):
+    activation = activation or ACTIVATION_BESIDE[loss]
+    module = kernels(activation, loss, kind, code)
+    softmax = loss == "softmax_cross_entropy"  # takes the outputs for logits
+    f, row = ACTIVATIONS["identity" if softmax else activation], LOSSES[loss]
+    rng, real = np.random.default_rng(0), reals(kind).dtype
+    cases = [*EXTENTS, (5, 3), (3, 2 * LANES + 6)]
+    for i, (rows, width) in enumerate([*cases, (SLAB + 1, 600)] if softmax else cases):
+        A = read_rows(rows_of(kind, reals(kind, rows, width)))
+        b = reals(kind, width, seed=1)
+        y = oracles.make_targets(rng, loss, rows, width, class_rows=i % 2 == 1)
+        y = y if y.ndim == 1 else y.astype(real)
+        weight = rng.uniform(0.5, 2, rows).astype(real) if weighted else None
+        blocks = output_blocks(loss, width)
+        D, sums, losses = written(module, kind, A, b, y, weight, len(blocks), i % 2 == 0)
+
+        w = np.ones(rows) if weight is None else weight.astype(float)
+        Y = y if y.ndim == 1 else y.astype(float)
+        Z = A + b
+        H = f.f(np, Z)
+        _, G = row.value_and_grad(np, H, Y)
+        expected = w[:, None] * G * f.df(np, Z, H)
+        assert_close(D, expected, TOLERANCE[kind])
+        assert_sums(
+            sums, expected, np.full_like(G, np.max(w[:, None] * np.abs(G))), TOLERANCE[kind]
+        )
+        values = [
+            w * row.value_and_grad(np, H[:, k], Y if Y.ndim == 1 else Y[:, k])[0] for k in blocks
+        ]
+        by_slab = [[v[i : i + SLAB].sum() for v in values] for i in range(0, rows, SLAB)]
+        assert_close(losses, by_slab, min(TOLERANCE[kind], 2e-6))
 
 
 @emulation.needs_compiler
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("loss", "kind"), each(LOSSES, ("squared_error", "softmax_cross_entropy")))
-def test_loss(loss, kind, weighted):
-    assert_loses(loss, kind, weighted)
+def test_output(loss, kind, weighted):
+    assert_writes(loss, kind, weighted)
+
+
+@emulation.needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS)[len(LOSSES) :])
+def test_output_with_other_activations(activation, kind):
+    assert_writes(LOSS_BESIDE[activation], kind, True, activation)
+
+
+@pytest.mark.kernels
+@emulation.needs_compiler
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_of_every_pair(activation, loss, kind):
+    if LOSSES[loss].takes_logits:
+        activation = "identity"
+    assert_writes(loss, kind, True, activation)
+
+
+@emulation.needs_compiler
+@pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_its_row(loss, value):
+    module, row = kernels("identity", loss), LOSSES[loss]
+    A, b = reals("float", SLAB + 2, 5), np.zeros(5, np.float32)
+    A[SLAB, 3] = value
+    rng = np.random.default_rng(0)
+    y = oracles.make_targets(rng, loss, *A.shape)
+    y = y if y.ndim == 1 else y.astype(np.float32)
+    D, sums, losses = written(module, "float", A, b, y, None, 1)
+    with np.errstate(invalid="ignore"):
+        values, expected = row.value_and_grad(np, A.astype(float), y)
+    bad = np.arange(len(A)) == SLAB
+    assert np.isfinite(D[~bad]).all()
+    assert_array_equal(np.isfinite(D[bad]), np.isfinite(expected[bad]))
+    assert_array_equal(np.isfinite(losses[:, 0]), [True, np.isfinite(values[bad][0])])
+    assert np.isfinite(sums[0]).all()
 
 
 @emulation.needs_compiler
 def test_weights_per_class_and_large_logits():
     module, row = kernels(loss="softmax_cross_entropy"), LOSSES["softmax_cross_entropy"]
-    H = np.array([[1000.0, -1000, 0], [-89, 89, 88], [1e9, 0, -1e9]])
-    Y = np.array([[0.0, 2, 0.5], [1, 0, 0], [0, 0, 0]])
-    sums, G = lost(module, "float", H, Y.astype(np.float32), None, None)
-    values, expected = row.value_and_grad(np, H, Y)
-    assert_close(sums, [values.sum()], 1e-6)
-    assert_close(G, expected, 1e-6)
+    Z = np.array([[1000.0, -1000, 0], [-89, 89, 88], [1e9, 0, -1e9]])
+    Y, zero = np.array([[0.0, 2, 0.5], [1, 0, 0], [0, 0, 0]]), np.zeros(3, np.float32)
+    D, _, losses = written(module, "float", Z, zero, Y.astype(np.float32), None, 1)
+    values, expected = row.value_and_grad(np, Z, Y)
+    assert_close(losses, [[values.sum()]], 1e-6)
+    assert_close(D, expected, 1e-6)
 
 
 @emulation.needs_compiler
@@ -185,21 +258,34 @@ def test_weights_per_class_and_large_logits():
 def test_a_label_out_of_range_gives_nan(label):
     """In its own row, and nothing is read for it."""
     module = kernels(loss="softmax_cross_entropy")
-    labels = np.array([4, label, 0])
-    sums, G = lost(module, "float", reals("float", 3, 5), None, labels, None)
-    assert np.isnan(sums).all()
-    assert_array_equal(np.isnan(G).all(axis=1), [False, True, False])
-    assert np.isfinite(G[[0, 2]]).all()
+    labels, zero = np.array([4, label, 0]), np.zeros(5, np.float32)
+    D, _, losses = written(module, "float", reals("float", 3, 5), zero, labels, None, 1)
+    assert np.isnan(losses).all()
+    assert_array_equal(np.isnan(D).all(axis=1), [False, True, False])
+    assert np.isfinite(D[[0, 2]]).all()
+
+
+# Sums of all slabs -------------------------------------------------------------------------------
+
+
+def assert_sums_partials(code=None):
+    module = kernels("identity", code=code)
+    for slabs, n_columns, n_losses, divisor in [
+        *((1, 1, 1, 1.0), (WARPS + 3, LANES + 7, 1, 3.0)),
+        *((2, LANES, LANES + 5, 7.0), (WARPS + 1, 3, 2, 1.0)),
+    ]:
+        n_partials = n_columns + n_losses
+        partials, sums = reals("double", slabs, n_partials), np.full(n_columns + 1, np.nan, "f4")
+        grid = (-(-n_columns // LANES) + 1, 1)
+        arguments = (partials, slabs, n_partials, n_columns, divisor, sums)
+        module.launch("sum_partials", grid, (LANES, WARPS), *arguments)
+        columns, losses = partials[:, :n_columns].sum(0), partials[:, n_columns:].sum()
+        assert_close(sums, np.append(columns, losses) / divisor, 1e-6)
 
 
 @emulation.needs_compiler
 def test_sums_of_partials():
-    for slabs, n_sums in [(1, 1), (WARPS + 3, LANES + 7), (2, 3)]:
-        partials, sums = reals("double", slabs, n_sums), np.full(n_sums, np.nan, np.float32)
-        grid = (-(-n_sums // LANES), 1)
-        arguments = (partials, slabs, n_sums, sums)
-        kernels("identity").launch("sum_partials", grid, (LANES, WARPS), *arguments)
-        assert_close(sums, partials.sum(0), 1e-6)
+    assert_sums_partials()
 
 
 @emulation.needs_compiler
@@ -216,27 +302,44 @@ def test_bfloat16_is_rounded_to_nearest():
 @emulation.needs_compiler
 def test_the_order_of_threads_does_not_matter():
     for loss in ("squared_error", "softmax_cross_entropy"):
-        module, H = kernels(loss=loss), reals("float", SLAB + 9, LANES + 1)
-        labels = np.arange(len(H)) % 7 if loss != "squared_error" else None
-        Y = None if labels is not None else reals("float", *H.shape, seed=1)
+        module, A = kernels(loss=loss), reals("float", SLAB + 9, LANES + 1)
+        softmax = loss == "softmax_cross_entropy"
+        y = np.arange(len(A)) % 7 if softmax else reals("float", *A.shape, seed=1)
+        b, blocks = reals("float", A.shape[1], seed=2), len(output_blocks(loss, A.shape[1]))
         forward, backward = (
-            lost(module, "float", H, Y, labels, None, backward=order) for order in (False, True)
+            written(module, "float", A, b, y, None, blocks, backward=order)
+            for order in (False, True)
         )
-        for A, B in zip(forward, backward, strict=True):
-            assert_array_equal(A, B)
+        for first, second in zip(forward, backward, strict=True):
+            assert_array_equal(first, second)
 
 
 SOURCE = (cuda_build.SOURCES / "elements.cu").read_text("utf-8")
 ASSERTIONS = {
     "activate": lambda code: assert_activates("softplus", "float", code),
     "delta": lambda code: assert_deltas("tanh", "float", code),
-    "loss": lambda code: assert_loses("squared_error", "float", False, code),
+    "output": lambda code: assert_writes("absolute_error", "float", True, "silu", code),
+    "softmax": lambda code: assert_writes("softmax_cross_entropy", "float", True, code=code),
+    "sum_partials": assert_sums_partials,
 }
 MUTANTS = [
     ("* stride + column", "* (stride - 3) + column", "delta"),
     ("(blockIdx.y) * SLAB + threadIdx.y", "(blockIdx.y) * (SLAB - 1) + threadIdx.y", "delta"),
     ("first + k * WARPS < rows", "first + k * WARPS <= rows", "delta"),
-    ("step = THREADS / 2", "step = THREADS / 4", "loss"),
+    ("accumulate ? place + sum : sum", "sum", "delta"),
+    ("accumulate ? place + sum : sum", "place + sum", "output"),
+    (" : Real(0);\n  Real z[OWN], y", " * 0 : Real(0);\n  Real z[OWN], y", "output"),
+    ("slope * Function::df(z[k], h);", "slope;", "output"),
+    ("weight[k] * slope", "slope", "output"),
+    ("width + blockIdx.x", "width + blockIdx.x + 1", "output"),
+    ("width + blockIdx.x", "width", "output"),
+    ("load(D[k]) + b[k]", "load(D[k])", "softmax"),
+    ("first += THREADS / size", "first += THREADS", "softmax"),
+    ("other += columns", "other += 2 * columns", "softmax"),
+    ("row += THREADS / columns", "row += THREADS", "softmax"),
+    ("total / divisor", "total", "sum_partials"),
+    ("k += LANES", "k = end", "sum_partials"),
+    ("slab += WARPS", "slab = slabs", "sum_partials"),
 ]
 
 

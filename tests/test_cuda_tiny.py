@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import emulation
 import numpy as np
 import pytest
-from emulation import EmulationError
+from emulation import EmulationError, on_device
 from oracles import assert_close, assert_grads_close, make_problem
 
 from mlp_backprop import backprop
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.engines import cuda_build, cuda_tiny
+from mlp_backprop.gradients import LossAndGrads
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.types import Layer, flat
 
@@ -34,18 +35,6 @@ NETS = [
 TOLERANCE = 2e-5
 
 
-class DeviceArray(np.ndarray):
-    """A NumPy array that tells its address as CuPy's do."""
-
-    @property
-    def data(self):
-        return SimpleNamespace(ptr=self.ctypes.data)
-
-
-def on_device(A):
-    return None if A is None else A.view(DeviceArray)
-
-
 @pytest.fixture
 def device(monkeypatch, tmp_path):
     """Stands for CuPy and a device; `fault` replaces a text of the kernel by another."""
@@ -53,6 +42,7 @@ def device(monkeypatch, tmp_path):
     cupy = SimpleNamespace(
         empty=lambda shape, dtype: on_device(np.full(shape, np.nan, dtype)),
         zeros=lambda shape, dtype: on_device(np.zeros(shape, dtype)),
+        ndarray=emulation.view,
         cuda=SimpleNamespace(
             Device=lambda: SimpleNamespace(
                 attributes={"MultiProcessorCount": state.multiprocessors}
@@ -106,24 +96,22 @@ def plan(problem, n=3000):
     return run
 
 
-def sums_of(run, problem):
-    """Copies of what a run gives."""
+def run_on(run, problem, mean=False, out=None):
     params, X, y, options = problem.map(on_device)
-    sums = run([Layer(W, b) for W, b in params], X, y, options["sample_weight"])
-    grads = [Layer(np.array(W), np.array(b)) for W, b in sums.grads]
-    return backprop.Sums(np.array(sums.loss), np.array(sums.weight), grads)
+    params = [Layer(W, b) for W, b in params]
+    return LossAndGrads(*run(params, X, y, options["sample_weight"], mean, out))
 
 
-def derivation(problem, dtype=np.float64):
+def derivation(problem, dtype=np.float64, mean=False):
     params, X, y, options = problem.astype(dtype)
     layers = [Layer(W, b) for W, b in params]
     spec = specification(problem, dtype)
-    return backprop.loss_and_grad_sums(spec, layers, X, y, options["sample_weight"])
+    sums = backprop.loss_and_grad_sums(spec, layers, X, y, options["sample_weight"])
+    return LossAndGrads(*backprop.reduced(spec, sums, "mean" if mean else "sum"))
 
 
-def assert_sums_close(got, expected):
+def assert_results_close(got, expected):
     assert_close(got.loss, expected.loss, TOLERANCE)
-    assert_close(got.weight, expected.weight, TOLERANCE)
     assert_grads_close(got.grads, expected.grads, TOLERANCE)
 
 
@@ -141,7 +129,7 @@ def relative_error(got, expected):
 def test_sums_are_those_of_the_derivation(sizes, activation, loss, weighted, device):
     for n in RAGGED:
         problem = problem_of(sizes, activation, loss, n, weighted=weighted, seed=n)
-        assert_sums_close(sums_of(plan(problem), problem), derivation(problem))
+        assert_results_close(run_on(plan(problem), problem), derivation(problem))
 
 
 @emulation.needs_compiler
@@ -149,7 +137,7 @@ def test_sums_are_those_of_the_derivation(sizes, activation, loss, weighted, dev
 def test_gradients_are_as_accurate_as_float32_allows(sizes, activation, loss, weighted, device):
     for seed in range(4):
         problem = problem_of(sizes, activation, loss, 1003, weighted=weighted, seed=seed)
-        assert relative_error(sums_of(plan(problem), problem), derivation(problem)) < 2**-23
+        assert relative_error(run_on(plan(problem), problem), derivation(problem)) < 2**-23
 
 
 @emulation.needs_compiler
@@ -163,7 +151,7 @@ def test_every_activation_with_every_loss(activation, loss, class_rows, weighted
     options = {"class_rows": class_rows, "weighted": weighted}
     for n in RAGGED:
         problem = problem_of((3, 5, 2, 4), activation, loss, n, **options, seed=n)
-        assert_sums_close(sums_of(plan(problem), problem), derivation(problem))
+        assert_results_close(run_on(plan(problem), problem), derivation(problem))
 
 
 @emulation.needs_compiler
@@ -171,7 +159,7 @@ def test_every_activation_with_every_loss(activation, loss, class_rows, weighted
 def test_any_number_of_blocks_gives_the_sums(multiprocessors, device):
     device.multiprocessors = multiprocessors
     problem = problem_of((2, 10, 5, 1), "sigmoid", "squared_error", 3000)
-    assert_sums_close(sums_of(plan(problem), problem), derivation(problem))
+    assert_results_close(run_on(plan(problem), problem), derivation(problem))
     assert device.launches[-1][1] == min(2 * multiprocessors, 24)
 
 
@@ -179,9 +167,9 @@ def test_any_number_of_blocks_gives_the_sums(multiprocessors, device):
 def test_a_repetition_gives_the_same_bits_whatever_the_order_of_blocks(device):
     problem = problem_of((2, 10, 5, 1), "sigmoid", "squared_error", 1003)
     run = plan(problem)
-    first = sums_of(run, problem)
+    first = run_on(run, problem)
     for device.backward in (False, True):
-        again = sums_of(run, problem)
+        again = run_on(run, problem)
         assert run.ticket == 0
         arrays = ([sums.loss, *flat(sums.grads)] for sums in (first, again))
         for A, B in zip(*arrays, strict=True):
@@ -191,8 +179,8 @@ def test_a_repetition_gives_the_same_bits_whatever_the_order_of_blocks(device):
 @emulation.needs_compiler
 def test_no_rows(device):
     problem = problem_of((3, 7, 4), "relu", "softmax_cross_entropy", 0, weighted=True)
-    sums = sums_of(plan(problem, 0), problem)
-    assert not any(A.any() for A in (sums.loss, sums.weight, *flat(sums.grads)))
+    loss, grads = run_on(plan(problem, 0), problem)
+    assert not any(A.any() for A in (loss, *flat(grads)))
 
 
 @emulation.needs_compiler
@@ -200,15 +188,43 @@ def test_no_rows(device):
 def test_labels_of_every_integer_type(dtype, device):
     problem = problem_of((3, 7, 4), "relu", "softmax_cross_entropy", 130, weighted=True)
     problem = problem._replace(y=problem.y.astype(dtype))
-    assert_sums_close(sums_of(plan(problem), problem), derivation(problem))
+    assert_results_close(run_on(plan(problem), problem), derivation(problem))
     expected = "int" if dtype == np.int32 else "long long"
     assert device.launches[-1][0]["TARGET"] == expected
 
 
 @emulation.needs_compiler
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n", [1, 100, 1003])  # in one block, and in several
+def test_the_mean(n, weighted, device):
+    problem = problem_of((4, 6, 3), "tanh", "squared_error", n, weighted=weighted)
+    expected = derivation(problem, mean=True)
+    assert_results_close(run_on(plan(problem), problem, mean=True), expected)
+
+
+@emulation.needs_compiler
+def test_results_are_new_arrays_or_those_of_out(device):
+    problems = [problem_of((4, 6, 3), "tanh", "huber", 130, seed=seed) for seed in range(3)]
+    run = plan(problems[0])
+    first, second = run_on(run, problems[0]), run_on(run, problems[1])
+    out = [Layer(np.full_like(W, np.nan), np.full_like(b, np.nan)) for W, b in first.grads]
+    third = run_on(run, problems[2], out=out)
+    assert third.grads is out
+    for problem, results in zip(problems, (first, second, third), strict=True):
+        assert_results_close(results, derivation(problem))
+
+
+@emulation.needs_compiler
+def test_more_rows_than_planned_for(device):
+    problem = problem_of((4, 6, 3), "tanh", "huber", 1003)
+    assert_results_close(run_on(plan(problem, n=130), problem), derivation(problem))
+    assert device.launches[-1][1] == 2
+
+
+@emulation.needs_compiler
 def test_rows_of_class_weights(device):
     problem = problem_of((4, 6, 3), "tanh", "softmax_cross_entropy", 130, class_rows=True)
-    assert_sums_close(sums_of(plan(problem), problem), derivation(problem))
+    assert_results_close(run_on(plan(problem), problem), derivation(problem))
 
 
 @emulation.needs_compiler
@@ -216,7 +232,7 @@ def test_rows_of_class_weights(device):
 def test_a_label_out_of_range_makes_the_loss_nan(label, device):
     problem = problem_of((3, 7, 4), "relu", "softmax_cross_entropy", 130, weighted=True)
     problem.y[77] = label
-    assert np.isnan(sums_of(plan(problem), problem).loss)
+    assert np.isnan(run_on(plan(problem), problem).loss)
 
 
 FAULTS = {
@@ -245,28 +261,10 @@ def test_a_fault_in_the_kernel_is_found(fault, device):
     *device.fault, error = FAULTS[fault]
     problem = problem_of((2, 3, 2), "tanh", "squared_error", 300)
     with pytest.raises(error):
-        assert_sums_close(sums_of(plan(problem, 300), problem), derivation(problem))
+        assert_results_close(run_on(plan(problem, 300), problem), derivation(problem))
 
 
 # What comes with the kernel ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n_in", [1, 2, 3, 4, 6])
-def test_rows_are_aligned_to_the_vectors_they_are_read_in(n_in):
-    memory = on_device(np.arange(8 * n_in + 65, dtype=np.float32))
-    memory = memory[-memory.ctypes.data % 64 // 4 :]
-    rows, off = (memory[k : k + 8 * n_in].reshape(8, n_in) for k in (0, 1))
-
-    def is_copied(A):
-        readable = cuda_tiny.readable(A, n_in)
-        np.testing.assert_array_equal(readable, A)
-        assert readable.flags.c_contiguous
-        return not np.shares_memory(readable, A)
-
-    assert not is_copied(rows)
-    assert not is_copied(rows[1:])
-    assert is_copied(off) == (n_in % 2 == 0)
-    assert is_copied(rows.copy(order="F")) == (n_in > 1)
 
 
 @pytest.mark.parametrize("n", [0, 1, 128, 129, 33792, 10**7, 10**9, 10**12])
@@ -301,10 +299,3 @@ def test_parameters_decide_what_is_covered(sizes, expected):
 def test_only_float32_is_covered():
     spec = specification(problem_of((2, 4, 1), "sigmoid", "squared_error", 1), np.float64)
     assert cuda_tiny.plan(spec, 1, "float32") is None
-
-
-def test_a_struct_of_pointers():
-    arrays = [on_device(np.zeros(k + 1)) for k in range(4)]
-    struct = cuda_tiny.pointers_to(arrays)
-    assert struct.shape == (1,)  # one value, which CuPy passes as it is
-    assert struct.tobytes() == np.array([A.data.ptr for A in arrays], np.uint64).tobytes()

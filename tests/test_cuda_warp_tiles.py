@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import emulation
 import numpy as np
 import pytest
-from emulation import EmulationError
+from emulation import EmulationError, on_device
 from oracles import assert_close, make_problem
 
 from mlp_backprop import backprop, namespaces
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.engines import cuda_build, cuda_warp_tiles
 from mlp_backprop.engines.cuda_warp_tiles import GEOMETRIES, LIMITS, OPERANDS
+from mlp_backprop.gradients import LossAndGrads
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.types import Layer, flat
 
@@ -40,18 +41,6 @@ NETS = [
     ((1, 1), ("identity",), "absolute_error", True),
 ]
 SMALL = ((5, 7, 3), ("tanh", "identity"), "squared_error")
-
-
-class DeviceArray(np.ndarray):
-    """A NumPy array that tells its address as CuPy's do."""
-
-    @property
-    def data(self):
-        return SimpleNamespace(ptr=self.ctypes.data)
-
-
-def on_device(A):
-    return None if A is None else A.view(DeviceArray)
 
 
 class Kernel:
@@ -104,6 +93,7 @@ def device(monkeypatch, tmp_path):
     cupy = SimpleNamespace(
         empty=lambda shape, dtype: on_device(np.full(shape, np.nan, dtype)),
         zeros=lambda shape, dtype: on_device(np.zeros(shape, dtype)),
+        ndarray=emulation.view,
         cuda=SimpleNamespace(Device=lambda: SimpleNamespace(attributes=attributes())),
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
@@ -128,20 +118,20 @@ def plan(problem, precision, n=300):
     return run
 
 
-def sums_of(run, problem):
-    """Copies of what a run gives."""
+def run_on(run, problem, mean=False, out=None):
     params, X, y, options = problem.map(on_device)
-    sums = run([Layer(W, b) for W, b in params], X, y, options["sample_weight"])
+    params = [Layer(W, b) for W, b in params]
+    results = LossAndGrads(*run(params, X, y, options["sample_weight"], mean, out))
     assert run.not_finite == 0  # ready for the next call
-    grads = [Layer(np.array(W), np.array(b)) for W, b in sums.grads]
-    return backprop.Sums(np.array(sums.loss), np.array(sums.weight), grads)
+    return results
 
 
-def derivation(problem, dtype=np.float64):
+def derivation(problem, dtype=np.float64, mean=False):
     params, X, y, options = problem.astype(dtype)
     layers = [Layer(W, b) for W, b in params]
     spec = specification(problem, dtype)
-    return backprop.loss_and_grad_sums(spec, layers, X, y, options["sample_weight"])
+    sums = backprop.loss_and_grad_sums(spec, layers, X, y, options["sample_weight"])
+    return LossAndGrads(*backprop.reduced(spec, sums, "mean" if mean else "sum"))
 
 
 def relative_error(got, expected):
@@ -151,14 +141,13 @@ def relative_error(got, expected):
     return np.linalg.norm(got - expected) / scale if scale else np.linalg.norm(got)
 
 
-def assert_sums_close(got, expected, bound):
+def assert_results_close(got, expected, bound):
     assert relative_error(got, expected) < bound
-    assert_close(got.weight, expected.weight, 1e-6)
     assert_close(got.loss, expected.loss, bound)
 
 
 def assert_same_bits(first, second):
-    pairs = ([sums.loss, sums.weight, *flat(sums.grads)] for sums in (first, second))
+    pairs = ([results.loss, *flat(results.grads)] for results in (first, second))
     for A, B in zip(*pairs, strict=True):
         np.testing.assert_array_equal(A, B)
 
@@ -171,8 +160,8 @@ def assert_same_bits(first, second):
 def test_sums_are_those_of_the_derivation(sizes, activations, loss, weighted, device):
     for n in RAGGED:
         problem = problem_of(sizes, activations, loss, n, weighted=weighted, seed=n)
-        sums = sums_of(plan(problem, "float32"), problem)
-        assert_sums_close(sums, derivation(problem), BOUND)
+        sums = run_on(plan(problem, "float32"), problem)
+        assert_results_close(sums, derivation(problem), BOUND)
         assert not device.exact
 
 
@@ -204,8 +193,7 @@ def rounded_derivation(problem, bits):
         D = rounded(G * slope, bits)
         grads.append(Layer(D.T @ H[l - 1], D.sum(axis=0)))
         G = D @ W[l - 1]
-    weight = backprop.weight_sum(spec, X, options["sample_weight"])
-    return backprop.Sums(values.sum(), weight, grads[::-1])
+    return LossAndGrads(values.sum(), grads[::-1])
 
 
 @emulation.needs_compiler
@@ -216,9 +204,9 @@ def test_one_part_is_the_derivation_with_rounded_operands(
 ):
     for n in RAGGED[-3:]:
         problem = problem_of(sizes, activations, loss, n, weighted=weighted, seed=n)
-        sums = sums_of(plan(problem, precision), problem)
+        sums = run_on(plan(problem, precision), problem)
         # What float32 sums change may round an operand the other way.
-        assert_sums_close(sums, rounded_derivation(problem, bits), 1e-4)
+        assert_results_close(sums, rounded_derivation(problem, bits), 1e-4)
 
 
 @emulation.needs_compiler
@@ -228,7 +216,7 @@ def test_two_parts_are_as_accurate_as_float32(sizes, activations, loss, weighted
     for seed in range(4):
         problem = problem_of(sizes, activations, loss, 300, weighted=weighted, seed=seed)
         expected = derivation(problem)
-        both = sums_of(plan(problem, "float32"), problem), derivation(problem, np.float32)
+        both = run_on(plan(problem, "float32"), problem), derivation(problem, np.float32)
         errors.append([relative_error(sums, expected) for sums in both])
     ours, float32 = np.mean(errors, axis=0)
     assert ours < float32
@@ -239,25 +227,57 @@ def test_two_parts_are_as_accurate_as_float32(sizes, activations, loss, weighted
 def test_a_power_of_two_changes_no_bit(precision, device):
     problem = problem_of(*NETS[1][:3], 129, weighted=True)
     (W, b), *above = problem.params
-    sums = sums_of(plan(problem, precision), problem)
+    sums = run_on(plan(problem, precision), problem)
     for exponent in (-100, -40, 40):
         power, inverse = np.float32(2.0**exponent), np.float32(2.0**-exponent)
         other = problem._replace(X=problem.X * power, params=[(W * inverse, b), *above])
         first, *rest = sums.grads
         expected = sums._replace(grads=[Layer(first.W * power, first.b), *rest])
-        assert_same_bits(sums_of(plan(other, precision), other), expected)
+        assert_same_bits(run_on(plan(other, precision), other), expected)
         weight = problem.options["sample_weight"] * power
         other = problem._replace(options=problem.options | {"sample_weight": weight})
         grads = [Layer(W * power, b * power) for W, b in sums.grads]
-        expected = backprop.Sums(sums.loss * power, sums.weight * power, grads)
-        assert_same_bits(sums_of(plan(other, precision), other), expected)
+        expected = LossAndGrads(sums.loss * power, grads)
+        assert_same_bits(run_on(plan(other, precision), other), expected)
+
+
+@emulation.needs_compiler
+@pytest.mark.parametrize("case", ["unweighted", "weighted", "not finite"])
+@pytest.mark.parametrize("multiprocessors", [1, 4])  # one row of sums, and several
+def test_the_mean(multiprocessors, case, device):
+    device.multiprocessors = multiprocessors
+    problem = problem_of(*NETS[1][:3], 300, weighted=case == "weighted")
+    if case == "not finite":
+        device.fault = ("sums[N_PARAMS + threadIdx.x] = sum;", "*not_finite = 1;")
+    results = run_on(plan(problem, "float32"), problem, mean=True)
+    assert_results_close(results, derivation(problem, mean=True), BOUND)
+
+
+@emulation.needs_compiler
+def test_results_are_new_arrays_or_those_of_out(device):
+    problems = [problem_of(*SMALL, 130, seed=seed) for seed in range(3)]
+    run = plan(problems[0], "float32")
+    first, second = run_on(run, problems[0]), run_on(run, problems[1])
+    out = [Layer(np.full_like(W, np.nan), np.full_like(b, np.nan)) for W, b in first.grads]
+    third = run_on(run, problems[2], out=out)
+    assert third.grads is out
+    for problem, results in zip(problems, (first, second, third), strict=True):
+        assert_results_close(results, derivation(problem), BOUND)
+
+
+@emulation.needs_compiler
+def test_more_rows_than_planned_for(device):
+    device.multiprocessors = 4
+    problem = problem_of(*SMALL, 1003)
+    results = run_on(plan(problem, "float32", 130), problem)
+    assert_results_close(results, derivation(problem), BOUND)
 
 
 @emulation.needs_compiler
 def test_sums_over_many_tiles(device):
     problem = problem_of(*SMALL, 40000)
-    sums = sums_of(plan(problem, "float32", 40000), problem)
-    assert_sums_close(sums, derivation(problem), 5e-7)
+    sums = run_on(plan(problem, "float32", 40000), problem)
+    assert_results_close(sums, derivation(problem), 5e-7)
 
 
 def not_finite_problems():
@@ -279,11 +299,11 @@ def not_finite_problems():
 @pytest.mark.parametrize("case", not_finite_problems())
 def test_what_is_not_finite_is_as_in_float32(case, precision, device):
     problem = not_finite_problems()[case]
-    sums = sums_of(plan(problem, precision), problem)
+    sums = run_on(plan(problem, precision), problem)
     assert device.exact
     with np.errstate(all="ignore"):
         expected = derivation(problem, np.float32)
-    pairs = ([A.loss, A.weight, *flat(A.grads)] for A in (sums, expected))
+    pairs = ([A.loss, *flat(A.grads)] for A in (sums, expected))
     for got, wanted in zip(*pairs, strict=True):
         finite = np.isfinite(wanted)
         np.testing.assert_array_equal(np.isfinite(got), finite)
@@ -296,7 +316,7 @@ def test_the_exact_kernel_alone(sizes, activations, loss, weighted, device):
     device.fault = ("sums[N_PARAMS + threadIdx.x] = sum;", "*not_finite = 1;")
     for n in (1, 7, 8, 9, 129):
         problem = problem_of(sizes, activations, loss, n, weighted=weighted, seed=n)
-        assert_sums_close(sums_of(plan(problem, "tf32"), problem), derivation(problem), BOUND)
+        assert_results_close(run_on(plan(problem, "tf32"), problem), derivation(problem), BOUND)
         assert device.exact
 
 
@@ -305,7 +325,9 @@ def test_the_exact_kernel_alone(sizes, activations, loss, weighted, device):
 def test_any_number_of_blocks_gives_the_sums(multiprocessors, device):
     device.multiprocessors = multiprocessors
     problem = problem_of(*SMALL, 1003)
-    assert_sums_close(sums_of(plan(problem, "float32", 1003), problem), derivation(problem), BOUND)
+    assert_results_close(
+        run_on(plan(problem, "float32", 1003), problem), derivation(problem), BOUND
+    )
 
 
 @emulation.needs_compiler
@@ -314,9 +336,9 @@ def test_a_repetition_gives_the_same_bits_whatever_the_order_of_blocks(precision
     device.multiprocessors = 2
     problem = problem_of(*SMALL, 1003)
     run = plan(problem, precision, 1003)
-    first = sums_of(run, problem)
+    first = run_on(run, problem)
     for device.backward in (False, True):
-        assert_same_bits(first, sums_of(run, problem))
+        assert_same_bits(first, run_on(run, problem))
 
 
 @emulation.needs_compiler
@@ -327,7 +349,7 @@ def test_every_kind_of_device(limits, device):
     problem = problem_of(*NETS[1][:3], 129)
     run = plan(problem, "float32")
     assert run.shared_bytes <= limits.block
-    assert_sums_close(sums_of(run, problem), derivation(problem), BOUND)
+    assert_results_close(run_on(run, problem), derivation(problem), BOUND)
 
 
 @emulation.needs_compiler
@@ -335,13 +357,13 @@ def test_every_kind_of_device(limits, device):
 def test_labels_of_every_integer_type(dtype, device):
     problem = problem_of(*NETS[1][:3], 130)
     problem = problem._replace(y=problem.y.astype(dtype))
-    assert_sums_close(sums_of(plan(problem, "float32"), problem), derivation(problem), BOUND)
+    assert_results_close(run_on(plan(problem, "float32"), problem), derivation(problem), BOUND)
 
 
 @emulation.needs_compiler
 def test_rows_of_class_weights(device):
     problem = problem_of(*NETS[1][:3], 130, class_rows=True)
-    assert_sums_close(sums_of(plan(problem, "float32"), problem), derivation(problem), BOUND)
+    assert_results_close(run_on(plan(problem, "float32"), problem), derivation(problem), BOUND)
 
 
 @emulation.needs_compiler
@@ -349,7 +371,7 @@ def test_rows_of_class_weights(device):
 def test_a_label_out_of_range_makes_the_loss_nan(label, device):
     problem = problem_of(*NETS[1][:3], 130)
     problem.y[77] = label
-    assert np.isnan(sums_of(plan(problem, "float32"), problem).loss)
+    assert np.isnan(run_on(plan(problem, "float32"), problem).loss)
 
 
 FAULTS = {
@@ -389,7 +411,7 @@ def test_a_fault_in_the_kernel_is_found(fault, device):
     problem = problem_of(*SMALL, 130)
 
     def check():
-        assert_sums_close(sums_of(plan(problem, "float32"), problem), derivation(problem), BOUND)
+        assert_results_close(run_on(plan(problem, "float32"), problem), derivation(problem), BOUND)
         assert not device.exact  # nor that it is hidden
 
     with pytest.raises(error):
@@ -406,8 +428,8 @@ def test_every_activation_with_every_loss(activation, loss, weighted, device):
         # Where the loss takes no logits, the last layer has the activation too.
         names = [activation] * 2 + ["identity" if LOSSES[loss].takes_logits else activation]
         problem = problem_of((3, 20, 17, 4), names, loss, n, weighted=weighted, seed=n)
-        sums = sums_of(plan(problem, "float32"), problem)
-        assert_sums_close(sums, derivation(problem), BOUND)
+        sums = run_on(plan(problem, "float32"), problem)
+        assert_results_close(sums, derivation(problem), BOUND)
 
 
 @emulation.needs_compiler
@@ -417,8 +439,8 @@ def test_every_activation_with_every_loss(activation, loss, weighted, device):
 def test_every_activation_of_one_part(activation, precision, bits, device):
     for n in RAGGED:
         problem = problem_of((3, 20, 17, 4), [activation] * 3, "squared_error", n, seed=n)
-        sums = sums_of(plan(problem, precision), problem)
-        assert_sums_close(sums, rounded_derivation(problem, bits), 1e-4)
+        sums = run_on(plan(problem, precision), problem)
+        assert_results_close(sums, rounded_derivation(problem, bits), 1e-4)
 
 
 # What comes with the kernels ---------------------------------------------------------------------
@@ -498,16 +520,16 @@ def test_on_a_device(sizes, activations, loss, weighted, precision):
         run = plan(problem, precision, n)
         layers = [Layer(W, b) for W, b in params]
         first, again = (
-            backprop.Sums(
-                cupy.asnumpy(sums.loss),
-                cupy.asnumpy(sums.weight),
-                [Layer(cupy.asnumpy(W), cupy.asnumpy(b)) for W, b in sums.grads],
+            LossAndGrads(
+                cupy.asnumpy(loss), [Layer(cupy.asnumpy(W), cupy.asnumpy(b)) for W, b in grads]
             )
-            for sums in (run(layers, X, y, options["sample_weight"]) for _ in range(2))
+            for loss, grads in (
+                run(layers, X, y, options["sample_weight"], False, None) for _ in range(2)
+            )
         )
         assert_same_bits(first, again)
         if precision == "float32":
-            assert_sums_close(first, derivation(problem), BOUND)
+            assert_results_close(first, derivation(problem), BOUND)
         elif "tanh" not in activations:
             bits = 11 if precision == "tf32" else 8
-            assert_sums_close(first, rounded_derivation(problem, bits), 1e-3)
+            assert_results_close(first, rounded_derivation(problem, bits), 1e-3)

@@ -156,6 +156,56 @@ def test_as_accurate_as_torch(cupy, net):
         assert np.linalg.norm(got - A) <= max(2 * theirs, 1e-6 * np.linalg.norm(A))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("net", NETS)
+def test_results_stay_while_inputs_change_in_place(cupy, net, weighted):
+    """New results at every call; a graph, where there is one, sees what lies in X now."""
+    problem = make_problem(NETS[net], 300, weighted=weighted, dtype=np.float32)
+    device = on_device(cupy, problem)
+    call, kept = prepared(device), []
+    for k in range(6):
+        device.X[...] = cupy.asarray((k + 1) / 4 * problem.X)
+        kept.append(call())
+        if k == 3:
+            del kept[:2]  # their memory may be given again
+    for k, result in enumerate(kept, 2):
+        exact = problem._replace(X=np.float32((k + 1) / 4) * problem.X).astype(np.float64)
+        assert_grads_close(on_host(result.grads), run(exact).grads, TOLERANCES["float32"])
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_a_bound_call_reads_what_the_arrays_hold_by_then(cupy, net):
+    problem = make_problem(NETS[net], 300, dtype=np.float32)
+    device = on_device(cupy, problem)
+    step = prepare_grads(device.params, n=300).bind(device.params, device.X, device.y)
+    streams = [cupy.cuda.Stream.null, cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream.null]
+    for k, stream in enumerate(streams * 2):
+        with stream:
+            device.X[...] = cupy.asarray((k + 1) / 4 * problem.X)
+            grads = step().grads
+            stream.synchronize()
+        exact = problem._replace(X=np.float32((k + 1) / 4) * problem.X).astype(np.float64)
+        assert_grads_close(on_host(grads), run(exact).grads, TOLERANCES["float32"])
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("net", NETS)
+def test_gradients_are_written_to_out(cupy, net, order):
+    problem = make_problem(NETS[net], 300, dtype=np.float32)
+    device = on_device(cupy, problem)
+    expected = run(device)
+    grad_fn = prepare_grads(device.params, n=300)
+    out = [(cupy.zeros_like(W, order=order), cupy.zeros_like(b)) for W, b in device.params]
+    for _ in range(4):
+        for A in flat(out):
+            A.fill(np.nan)
+        loss, grads = grad_fn(device.params, device.X, device.y, out=out)
+        assert float(loss) == pytest.approx(float(expected.loss), rel=1e-6)
+        for mine, given, A in zip(flat(grads), flat(out), flat(expected.grads), strict=True):
+            assert mine is given
+            cupy.testing.assert_allclose(mine, A, rtol=1e-5, atol=1e-6)
+
+
 # Labels ------------------------------------------------------------------------------------------
 
 
@@ -190,12 +240,14 @@ def spin(cupy, cycles=400_000_000):
 
 @pytest.mark.parametrize("net", ["tiny", "tiles", "wide"])
 def test_a_prepared_call_waits_for_nothing(cupy, net):
-    call = prepared(on_device(cupy, make_problem(NETS[net], 500, dtype=np.float32)))
+    problem = on_device(cupy, make_problem(NETS[net], 500, dtype=np.float32))
+    call = prepared(problem)
+    step = prepare_grads(problem.params, n=500).bind(problem.params, problem.X, problem.y)
     with cupy.cuda.Stream(non_blocking=True) as stream:
-        call(), call()
+        call(), call(), step(), step()
         stream.synchronize()
         spin(cupy)
-        call()
+        call(), step()
         assert not stream.done
         stream.synchronize()
 

@@ -1,6 +1,6 @@
 """From the CuPy engine down to the kernels, with all but the card: emulated kernels, host memory.
 
-The tiers have tests of their own; here the engine chooses among them, and divides their sums.
+The tiers have tests of their own; here the engine chooses among them, and binds them to arrays.
 """
 
 from types import SimpleNamespace
@@ -18,39 +18,12 @@ from mlp_backprop.types import Layer, flat
 pytestmark = emulation.needs_compiler
 
 
-class Place:
-    """As cupy.cuda.MemoryPointer, on device 0: it keeps the memory alive."""
-
-    device_id = 0
-
-    def __init__(self, array, memory, offset=0):
-        self.array, self.memory, self.offset = array, memory, offset
-        self.ptr = memory.ptr + offset
-
-    def __add__(self, offset):
-        return Place(self.array, self.memory, self.offset + offset)
-
-    def __getattr__(self, name):  # what copies and clears
-        return getattr(self.memory, name)
-
-
 class Array(host_device.HostArray):
     """On device 0 of one."""
 
     @property
-    def data(self):
-        return Place(self, super().data)
-
-    @property
     def device(self):
         return self.owner.cupy.cuda.Device()
-
-
-def ndarray(shape, dtype, place):
-    """As cupy.ndarray(shape, dtype, memory)."""
-    n_bytes = np.dtype(dtype).itemsize * int(np.prod(shape))
-    there = slice(place.offset, place.offset + n_bytes)
-    return np.asarray(place.array).view(np.uint8)[there].view(dtype).reshape(shape)
 
 
 class Device(SimpleNamespace):
@@ -92,6 +65,7 @@ def host(monkeypatch):
     }
     host.cupy.zeros = lambda shape, dtype: host.array(np.zeros(shape, dtype))
     host.cupy.cuda.Device = lambda: Device(**facts)
+    host.cupy.cuda.runtime = SimpleNamespace(getDevice=lambda: 0)
     host.cupy.cuda.memory = SimpleNamespace(OutOfMemoryError=MemoryError)
 
     def module(specialisation):
@@ -106,42 +80,60 @@ def host(monkeypatch):
     return host
 
 
-def mean_grads(host, problem, precision):
-    """Loss and gradients as compute_grads forms them."""
+def placed(host, problem, precision):
+    """The pass for a problem, and its arguments."""
     options = problem.options | {"reduction": "mean", "backend": None}
     spec, params, *data = validation.problem(problem.params, problem.X, problem.y, **options)
-    spec = spec._replace(xp=SimpleNamespace(**vars(np) | {"ndarray": ndarray}))
     params = [Layer(host.array(W), host.array(b)) for W, b in params]
     X, y, weight = (None if A is None else host.array(A) for A in data)
-    sums = cupy_engine.plan(spec, len(X), precision)(params, X, y, weight)
-    assert type(sums) is cupy_engine.OneArray
-    return sums.divided(spec, sums.weight)
+    return cupy_engine.plan(spec, len(X), precision), (params, X, y, weight, "mean")
 
 
-@pytest.mark.parametrize(
-    ("sizes", "precision", "kernel", "tolerance"),
-    [
-        ((2, 10, 5, 1), "float32", "tiny", 2e-5),
-        ((2, 10, 5, 1), "bfloat16", "tiny", 2e-5),
-        ((20, 33, 10), "float32", "warp_tiles", 2e-5),
-        ((20, 33, 10), "tf32", "warp_tiles", 1e-2),
-        ((20, 33, 10), "bfloat16", "warp_tiles", 0.1),
-        ((20, 33, 10), "float32_exact", "activate", 2e-5),
-        ((3, 150, 2), "float32", "activate", 2e-5),
-        ((3, 150, 2), "bfloat16", "activate", 0.1),
-    ],
-)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_engine_on_emulated_kernels(host, sizes, precision, kernel, tolerance, weighted):
-    problem = make_problem(sizes, 37, weighted=weighted, dtype=np.float32)
+CASES = [
+    ((2, 10, 5, 1), "float32", "tiny", 2e-5),
+    ((2, 10, 5, 1), "bfloat16", "tiny", 2e-5),
+    ((20, 33, 10), "float32", "warp_tiles", 2e-5),
+    ((20, 33, 10), "tf32", "warp_tiles", 1e-2),
+    ((20, 33, 10), "bfloat16", "warp_tiles", 0.1),
+    ((20, 33, 10), "float32_exact", "activate", 2e-5),
+    ((3, 150, 2), "float32", "activate", 2e-5),
+    ((3, 150, 2), "bfloat16", "activate", 0.1),
+]
+
+
+def mean(problem):
+    """By the derivation, in float64."""
     exact = problem.astype(np.float64)
     options = exact.options | {"reduction": "mean", "backend": None}
     spec, *arrays = validation.problem(exact.params, exact.X, exact.y, **options)
-    sums = backprop.plan(spec)(*arrays)
-    expected_loss, expected_grads = sums.divided(spec, sums.weight)
-    loss, grads = mean_grads(host, problem, precision)
+    return backprop.reduced(spec, backprop.plan(spec)(*arrays), "mean")
+
+
+def assert_results_close(got, expected, tolerance):
+    assert_close(got[0], expected[0], tolerance)
+    assert_grads_close(got[1], expected[1], tolerance)
+
+
+@pytest.mark.parametrize(("sizes", "precision", "kernel", "tolerance"), CASES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_engine_on_emulated_kernels(host, sizes, precision, kernel, tolerance, weighted):
+    problem = make_problem(sizes, 37, weighted=weighted, dtype=np.float32)
+    run, arguments = placed(host, problem, precision)
+    loss, grads = run(*arguments)
     assert kernel in host.launches
-    assert_close(loss, expected_loss, tolerance)
-    assert_grads_close(grads, expected_grads, tolerance)
+    assert_results_close((loss, grads), mean(problem), tolerance)
     assert all(A.dtype == np.float32 for A in [loss, *flat(grads)])
+    host.check_guards()
+
+
+@pytest.mark.parametrize(("sizes", "precision", "kernel", "tolerance"), CASES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_bound_call_on_emulated_kernels(host, sizes, precision, kernel, tolerance, weighted):
+    problem = make_problem(sizes, 37, weighted=weighted, dtype=np.float32)
+    run, arguments = placed(host, problem, precision)
+    call = run.bound(*arguments)
+    for factor in (1, 2, 3):
+        now = problem._replace(X=np.float32(factor) * problem.X)
+        arguments[1][...] = now.X
+        assert_results_close(call(), mean(now), tolerance)
     host.check_guards()

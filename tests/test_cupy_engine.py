@@ -1,37 +1,23 @@
-"""The CuPy engine's choices without a device: tiers, streams, devices, memory, one division.
+"""The CuPy engine's choices without a device: tiers, streams, devices, memory, where results go.
 
 CuPy is played by NumPy arrays that say where they lie. test_cupy_device.py runs on a card.
 """
 
-import ctypes
 import sys
 import weakref
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
-from oracles import make_problem
+from oracles import assert_grads_close, make_problem
 
 from mlp_backprop import backprop, validation
 from mlp_backprop.activations import ACTIVATIONS
-from mlp_backprop.backprop import Sums
 from mlp_backprop.engines import cupy_engine
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.types import Layer, flat
 
 # A card, played by the host ----------------------------------------------------------------------
-
-
-class Pointer:
-    """As cupy.cuda.MemoryPointer."""
-
-    def __init__(self, ptr, device_id):
-        self.ptr, self.device_id = ptr, device_id
-
-    def __add__(self, offset):
-        return Pointer(self.ptr + offset, self.device_id)
 
 
 class Device:
@@ -63,7 +49,7 @@ class Array(np.ndarray):
 
     @property
     def data(self):
-        return Pointer(self.ctypes.data, self.device_id)
+        return SimpleNamespace(ptr=self.ctypes.data, device_id=self.device_id)
 
     @property
     def device(self):
@@ -89,13 +75,6 @@ class Card:
         array.device_id, array.card = device_id, self
         return array
 
-    def view(self, shape, dtype, place):
-        """As cupy.ndarray(shape, dtype, memory)."""
-        n_bytes = np.dtype(dtype).itemsize * int(np.prod(shape))
-        array = Array(shape, dtype, (ctypes.c_char * n_bytes).from_address(place.ptr))
-        array.card = self
-        return array
-
     def free_all_blocks(self):
         self.freed += 1
 
@@ -104,6 +83,7 @@ class Card:
         return SimpleNamespace(
             cuda=SimpleNamespace(
                 get_current_stream=lambda: SimpleNamespace(ptr=self.stream),
+                runtime=SimpleNamespace(getDevice=lambda: self.current[-1]),
                 memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             ),
             get_default_memory_pool=lambda: self,
@@ -123,12 +103,11 @@ def placed(card, problem, device_id=0):
     spec, params, *data = validation.problem(problem.params, problem.X, problem.y, **options)
     params = [Layer(card.array(W, device_id), card.array(b, device_id)) for W, b in params]
     X, y, weight = (None if A is None else card.array(A, device_id) for A in data)
-    spec = spec._replace(xp=SimpleNamespace(**vars(np) | {"ndarray": card.view}))
     return spec, (params, X, y, weight)
 
 
 class Tier:
-    """A tier whose plans run the derivation, on workspace of their own, and note their calls."""
+    """A tier whose plans run the derivation and note their calls; each has a workspace."""
 
     def __init__(self, card, covers=True, fails=0):
         self.card, self.covers, self.fails = card, covers, fails
@@ -139,32 +118,18 @@ class Tier:
         if not self.covers:
             return None
         self.plans.append((n, precision, self.card.current[-1], self.card.stream))
-        return self._run(spec, n)
-
-    def _run(self, spec, n):
-        on_host = backprop.plan(spec._replace(xp=np))
-        n_params = sum(n_out * (n_in + 1) for n_in, n_out in pairwise(spec.sizes))
-        workspace = self.card.array(np.full(n_params + 1, np.nan, spec.dtype))
+        workspace = self.card.array(np.zeros(n))
         self.n_workspaces += 1
         weakref.finalize(workspace, self._gone)
+        derivation = cupy_engine.derivation(spec, n)
 
-        def run(params, X, y, weight):
-            assert len(X) <= n
-            self.calls.append((len(X), self.card.current[-1]))
+        def run(params, X, y, weight, mean, out):
+            self.calls.append((len(workspace), self.card.current[-1]))
             if self.fails:
                 self.fails -= 1
                 raise OutOfMemoryError("out of memory")
-            sums = on_host(params, X, y, weight)
-            start, grads = 0, []
-            for W, b in sums.grads:
-                views = []
-                for A in (W, b):
-                    views.append(workspace[start : start + A.size].reshape(A.shape))
-                    views[-1][...] = A
-                    start += A.size
-                grads.append(Layer(*views))
-            workspace[-1] = sums.loss
-            return Sums(workspace[-1:].reshape(()), sums.weight, grads)
+            assert out is None or all(A.flags.c_contiguous for A in flat(out))
+            return derivation(params, X, y, weight, mean, out)
 
         return run
 
@@ -175,17 +140,16 @@ class Tier:
 PROBLEM = make_problem(sizes=(3, 4, 2), n=7, weighted=True)
 
 
-def expected_grads(problem, divisor=1.0):
-    options = problem.options | {"reduction": "sum", "backend": None}
+def run_derivation(problem, reduction):
+    options = problem.options | {"reduction": reduction, "backend": None}
     spec, *arrays = validation.problem(problem.params, problem.X, problem.y, **options)
-    loss, grads = backprop.plan(spec)(*arrays).divided(spec, divisor)
-    return [loss, *flat(grads)]
+    return backprop.reduced(spec, backprop.plan(spec)(*arrays), reduction)
 
 
-def assert_sums(spec, sums, problem):
-    loss, grads = sums.divided(spec, 1.0)
-    for A, B in zip([loss, *flat(grads)], expected_grads(problem), strict=True):
-        np.testing.assert_allclose(A, B, rtol=1e-13)
+def assert_right(results, problem=PROBLEM, reduction="sum"):
+    loss, grads = run_derivation(problem, reduction)
+    assert results[0] == pytest.approx(loss, rel=1e-13)
+    assert_grads_close(results[1], grads, 1e-13)
 
 
 # Tiers -------------------------------------------------------------------------------------------
@@ -196,8 +160,8 @@ def test_the_first_tier_that_covers_the_problem_runs(card, monkeypatch):
     monkeypatch.setattr(cupy_engine, "TIERS", tiers)
     spec, arrays = placed(card, PROBLEM)
     run = cupy_engine.plan(spec, 7, "tf32")
-    assert_sums(spec, run(*arrays), PROBLEM)
-    run(*arrays)
+    for reduction in ("sum", "mean"):
+        assert_right(run(*arrays, reduction), reduction=reduction)
     assert [tier.plans for tier in tiers] == [[], [(7, "tf32", 0, 0)], []]
     assert len(tiers[1].calls) == 2
 
@@ -205,8 +169,26 @@ def test_the_first_tier_that_covers_the_problem_runs(card, monkeypatch):
 def test_what_no_tier_covers_runs_the_derivation(card, monkeypatch):
     monkeypatch.setattr(cupy_engine, "TIERS", (Tier(card, covers=False),))
     spec, arrays = placed(card, PROBLEM)
-    run = cupy_engine.plan_here(spec._replace(xp=np), 7, "float32")
-    assert_sums(spec._replace(xp=np), run(*arrays), PROBLEM)
+    assert_right(cupy_engine.plan(spec, 7, "float32")(*arrays, "sum"))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 3, 100])
+def test_the_derivation_takes_so_many_rows_at_a_time(n, weighted):
+    problem = make_problem(sizes=(3, 4, 2), n=7, weighted=weighted)
+    options = problem.options | {"reduction": "sum", "backend": None}
+    spec, *arrays = validation.problem(problem.params, problem.X, problem.y, **options)
+    run = cupy_engine.derivation(spec, n)
+    assert_right(run(*arrays, False, None), problem)
+    assert_right(run(*arrays, True, None), problem, "mean")
+
+
+def test_the_derivation_of_no_rows():
+    problem = make_problem(sizes=(3, 4, 2), n=0)
+    options = problem.options | {"reduction": "sum", "backend": None}
+    spec, *arrays = validation.problem(problem.params, problem.X, problem.y, **options)
+    loss, grads = cupy_engine.derivation(spec, 0)(*arrays, False, None)
+    assert not any(A.any() for A in (loss, *flat(grads)))
 
 
 @pytest.mark.parametrize(
@@ -217,15 +199,19 @@ def test_the_derivation_marks_labels_out_of_range(dtype, outside):
     problem = make_problem(sizes=(3, 200), n=5, loss="softmax_cross_entropy")
     options = problem.options | {"reduction": "sum", "backend": None}
     spec, params, X, y, _ = validation.problem(problem.params, problem.X, problem.y, **options)
-    run = cupy_engine.derivation(spec)
+    run = cupy_engine.derivation(spec, 5)
     y = (y % 100).astype(dtype)
-    right = run(params, X, y, None)
-    assert right.loss == backprop.plan(spec)(params, X, y, None).loss
+
+    def loss_of(y):
+        return run(params, X, y, None, False, None)[0]
+
+    right = loss_of(y)
+    assert right == backprop.plan(spec)(params, X, y, None).loss
     for label in outside:
         y_wrong = y.copy()
         y_wrong[3] = label
-        assert np.isnan(run(params, X, y_wrong, None).loss)
-    assert run(params, X, np.eye(200)[y], None).loss == pytest.approx(right.loss)
+        assert np.isnan(loss_of(y_wrong))
+    assert loss_of(np.eye(200)[y]) == pytest.approx(right)
 
 
 # Devices, streams, memory ------------------------------------------------------------------------
@@ -239,7 +225,7 @@ def test_a_plan_for_each_device_and_stream(card, monkeypatch):
     run = cupy_engine.plan(spec, 9, "float32")
     for stream, here in ((0, arrays), (5, arrays), (0, on_one), (5, arrays), (0, arrays)):
         card.stream = stream
-        assert_sums(spec, run(*here), PROBLEM)
+        assert_right(run(*here, "sum"))
     assert tier.plans == [(9, "float32", 0, 0), (9, "float32", 0, 5), (9, "float32", 1, 0)]
     assert [device for _, device in tier.calls] == [0, 0, 1, 0, 0]
     assert card.current == [0]
@@ -252,7 +238,7 @@ def test_streams_that_come_and_go_leave_no_plans_behind(card, monkeypatch):
     spec, arrays = placed(card, PROBLEM)
     run = cupy_engine.plan(spec, 7, "float32")
     for card.stream in range(30):
-        assert_sums(spec, run(*arrays), PROBLEM)
+        assert_right(run(*arrays, "sum"))
         assert tier.n_workspaces <= cupy_engine.MOST_PLANS
 
 
@@ -262,12 +248,15 @@ def test_devices_are_not_mixed(card, monkeypatch):
     run = cupy_engine.plan(spec, 7, "float32")
     there = card.array(y, device_id=1)
     with pytest.raises(ValueError, match="CUDA devices 0 and 1: move all to one device first"):
-        run(params, X, there, weight)
+        run(params, X, there, weight, "sum")
     with pytest.raises(ValueError, match="devices 0 and 3"):
-        run(params, X, y, card.array(weight, device_id=3))
+        run(params, X, y, card.array(weight, device_id=3), "sum")
     W, b = params[1]
+    b_there = card.array(b, device_id=2)
     with pytest.raises(ValueError, match="devices 0 and 2"):
-        run([params[0], Layer(W, card.array(b, device_id=2))], X, y, weight)
+        run([params[0], Layer(W, b_there)], X, y, weight, "sum")
+    with pytest.raises(ValueError, match="devices 0 and 2"):
+        run(params, X, y, weight, "sum", [params[0], Layer(W, b_there)])
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -285,11 +274,9 @@ def test_short_of_memory_the_rows_are_halved_once(card, monkeypatch, n, weighted
 
     card.free_all_blocks = free_all_blocks
     half = -(-n // 2)
-    parts = [half, n - half] if n > half else [half]
-    assert_sums(spec, run(*arrays), problem)
-    assert [rows for rows, _ in tier.calls] == [n, *parts]
-    assert_sums(spec, run(*arrays), problem)  # the next call begins with halves
-    assert [rows for rows, _ in tier.calls] == [n, *parts, *parts]
+    assert_right(run(*arrays, "mean"), problem, "mean")
+    assert_right(run(*arrays, "sum"), problem)  # the next call begins with halves
+    assert [rows for rows, _ in tier.calls] == [n, half, half]
     assert card.freed == 1
     assert [rows for rows, *_ in tier.plans] == [n, half]
 
@@ -300,49 +287,122 @@ def test_twice_short_of_memory(card, monkeypatch):
     run = cupy_engine.plan(spec, 7, "float32")
     message = r"3\.0 of 8\.0 GB are free on <CUDA Device 0>, .* 4 rows at a time of widths 3-4-2"
     with pytest.raises(MemoryError, match=message) as caught:
-        run(*arrays)
+        run(*arrays, "sum")
     assert isinstance(caught.value.__cause__, OutOfMemoryError)
-    assert_sums(spec, run(*arrays), PROBLEM)  # and is still of use when there is memory again
+    assert_right(run(*arrays, "sum"))  # and is still of use when there is memory again
 
 
-# One division ------------------------------------------------------------------------------------
+# Where results go --------------------------------------------------------------------------------
 
 
-def test_sums_in_one_array_are_divided_at_once(card, monkeypatch):
+@pytest.mark.parametrize("order", ["C", "F"])  # written by the tier, and copied
+def test_gradients_are_written_to_out(card, monkeypatch, order):
     monkeypatch.setattr(cupy_engine, "TIERS", (Tier(card),))
     spec, arrays = placed(card, PROBLEM)
-    sums = cupy_engine.plan(spec, 7, "float32")(*arrays)
-    assert type(sums) is cupy_engine.OneArray
-    divisor = card.array(sums.weight)
-    loss, grads = sums.divided(spec, divisor)
-    for A, B in zip([loss, *flat(grads)], expected_grads(PROBLEM, divisor), strict=True):
-        np.testing.assert_allclose(A, B, rtol=1e-13)
-    for A, B in zip([loss, *flat(grads)], [sums.sums.loss, *flat(sums.sums.grads)], strict=True):
-        assert A.shape == B.shape
-        assert not np.shares_memory(A, sums.array)
+    out = [
+        Layer(np.full_like(W, np.nan, order=order), np.full_like(b, np.nan)) for W, b in arrays[0]
+    ]
+    results = cupy_engine.plan(spec, 7, "float32")(*arrays, "mean", out)
+    assert results[1] is out
+    assert_right(results, reduction="mean")
 
 
-@pytest.mark.parametrize("change", ["loss apart", "a gradient apart", "another dtype"])
-def test_sums_that_are_laid_out_otherwise(card, change):
-    spec, arrays = placed(card, PROBLEM)
-    sums = Tier(card)._run(spec, 7)(*arrays)
-    if change == "loss apart":
-        sums = sums._replace(loss=card.array(sums.loss))
-    elif change == "a gradient apart":
-        (W, b), last = sums.grads
-        sums = sums._replace(grads=[Layer(W, card.array(b)), last])
-    else:
-        spec = spec._replace(dtype=np.dtype(np.float32))
-    assert cupy_engine.in_one_array(spec, sums) is sums
+# Bound to arrays ---------------------------------------------------------------------------------
 
 
-def test_parts_are_added_though_each_is_written_over_the_last(card):
-    spec, (params, X, y, weight) = placed(card, PROBLEM)
-    run = Tier(card)._run(spec, 7)
-    rows = (slice(0, 3), slice(3, 5), slice(5, 7))
-    total = cupy_engine.added(run(params, X[r], y[r], weight[r]) for r in rows)
-    assert_sums(spec._replace(xp=np), total, PROBLEM)
-    assert_array_equal(total.weight, PROBLEM.options["sample_weight"].sum())
+class BindingTier(Tier):
+    """A tier that can make up its launches beforehand."""
+
+    def __init__(self, card):
+        super().__init__(card)
+        self.n_bound = 0
+
+    def plan(self, spec, n, precision):
+        return BoundRun(self, super().plan(spec, n, precision))
+
+
+class BoundRun:
+    def __init__(self, tier, run):
+        self.tier, self.run = tier, run
+
+    def __call__(self, *arguments):
+        return self.run(*arguments)
+
+    def bound(self, *arguments):
+        self.tier.n_bound += 1
+        return lambda: self.run(*arguments)
+
+
+FLOAT32 = make_problem(sizes=(3, 4, 2), n=8, weighted=True, dtype=np.float32)
+
+
+def bound_to(card, monkeypatch, tier, change=lambda arrays: arrays):
+    monkeypatch.setattr(cupy_engine, "TIERS", (tier,))
+    spec, arrays = placed(card, FLOAT32)
+    arrays = change(arrays)
+    return arrays, cupy_engine.plan(spec, 8, "float32").bound(*arrays, "mean")
+
+
+def assert_follows_the_arrays(arrays, call):
+    params, X, *_ = arrays
+    for factor in (1, 2, 3):
+        X[...] = factor * FLOAT32.X
+        params[0].W[...] = factor * FLOAT32.params[0][0]
+        (W, b), last = FLOAT32.params
+        problem = FLOAT32._replace(X=factor * FLOAT32.X, params=[(factor * W, b), last])
+        loss, grads = call()
+        expected = run_derivation(problem.astype(np.float64), "mean")
+        assert loss == pytest.approx(expected[0], rel=1e-5)
+        assert_grads_close(grads, expected[1], 1e-5)
+    assert all(A is B for A, B in zip(flat(grads), flat(call()[1]), strict=True))
+
+
+def test_launches_are_made_up_once(card, monkeypatch):
+    tier = BindingTier(card)
+    arrays, call = bound_to(card, monkeypatch, tier)
+    assert_follows_the_arrays(arrays, call)
+    assert tier.n_bound == 1
+    assert len(tier.plans) == 1
+
+
+def test_a_tier_that_cannot_is_called(card, monkeypatch):
+    tier = Tier(card)
+    assert_follows_the_arrays(*bound_to(card, monkeypatch, tier))
+    assert len(tier.plans) == 1
+
+
+def shifted(card, A):
+    memory = card.array(np.zeros(A.size + 1, A.dtype))
+    view = memory[1:].reshape(A.shape)
+    view[...] = A
+    return view
+
+
+def test_what_kernels_cannot_read_as_it_lies_is_copied_at_every_call(card, monkeypatch):
+    def misaligned(arrays):
+        params, X, *rest = arrays
+        return params, shifted(card, X), *rest
+
+    def by_columns(arrays):
+        (first, *above), *rest = arrays
+        W = card.array(first.W.T.copy()).T
+        return [first._replace(W=W), *above], *rest
+
+    for change in (misaligned, by_columns):
+        tier = BindingTier(card)
+        assert_follows_the_arrays(*bound_to(card, monkeypatch, tier, change))
+        assert tier.n_bound == 0
+
+
+def test_on_another_stream_or_device_a_bound_call_has_another_workspace(card, monkeypatch):
+    tier = BindingTier(card)
+    arrays, call = bound_to(card, monkeypatch, tier)
+    card.stream = 5
+    assert_follows_the_arrays(arrays, call)
+    card.current = [1]
+    assert_follows_the_arrays(arrays, call)
+    assert tier.plans == [(8, "float32", 0, 0), (8, "float32", 0, 5)]
+    assert {device for _, device in tier.calls} == {0}
 
 
 # Which net goes where ----------------------------------------------------------------------------

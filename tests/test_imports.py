@@ -43,18 +43,22 @@ IMPORTS = {
     ),
     "engines.cuda_build": ("", "cupy"),
     "engines.cublaslt": ("", "cuda"),
-    "engines.cuda_tiny": ("backprop engines.cuda_build types", "cupy numpy"),
+    "engines.cuda_arrays": ("types", "cupy numpy"),
+    "engines.cuda_tiny": ("backprop engines.cuda_arrays engines.cuda_build types", "cupy numpy"),
     "engines.cuda_warp_tiles": (
-        "backprop engines.cuda_build engines.cuda_tiny types",
+        "backprop engines.cuda_arrays engines.cuda_build types",
         "cupy numpy",
     ),
     "engines.cuda_layer_shapes": ("backprop engines.cublaslt engines.cuda_tiny", "numpy"),
+    "engines.cuda_layer_calls": ("engines.cublaslt engines.cuda_layer_shapes types", "cupy"),
     "engines.cuda_layers": (
-        "backprop engines.cublaslt engines.cuda_build engines.cuda_layer_shapes types",
+        "backprop engines.cublaslt engines.cuda_arrays engines.cuda_build "
+        "engines.cuda_layer_calls engines.cuda_layer_shapes types",
         "cupy",
     ),
     "engines.cupy_engine": (
-        "backprop engines.cuda_layers engines.cuda_tiny engines.cuda_warp_tiles types",
+        "backprop blocks engines.cuda_arrays engines.cuda_layers engines.cuda_tiny "
+        "engines.cuda_warp_tiles types",
         "cupy",
     ),
     # Libraries and arguments.
@@ -133,7 +137,9 @@ ONLY_IN = {
     "autograd": {"bench_contenders"},
     "cuda": {"engines.cublaslt"},
     "cupy": {
+        "engines.cuda_arrays",
         "engines.cuda_build",
+        "engines.cuda_layer_calls",
         "engines.cuda_layers",
         "engines.cuda_tiny",
         "engines.cuda_warp_tiles",

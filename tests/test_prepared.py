@@ -21,6 +21,10 @@ def call(grad_fn, problem, **out):
     return grad_fn(problem.params, problem.X, problem.y, weight, **out)
 
 
+def bind(grad_fn, problem):
+    return grad_fn.bind(problem.params, problem.X, problem.y, problem.options["sample_weight"])
+
+
 def run(problem, **options):
     return compute_grads(problem.params, problem.X, problem.y, **problem.options | options)
 
@@ -176,6 +180,82 @@ def test_out_may_be_views():
     assert_array_equal(everything[end:], 0)
 
 
+# Bound to arrays ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_bound_call_equals_compute_grads_on_every_library(loss, weighted, backend):
+    problem = make_problem(loss=loss, weighted=weighted).map(backend.array)
+    bound = bind(prepare(problem), problem)
+    for _ in range(2):
+        assert_same_bits(bound(), run(problem), backend.numpy)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+@pytest.mark.parametrize(("sizes", "n"), [((3, 5, 4), 7), ((2, 10, 5, 1), 100_000), ((70, 4), 30)])
+def test_a_bound_call_reads_what_the_arrays_hold_by_then(sizes, n, name, reduction):
+    if name == "numba":
+        pytest.importorskip("numba")
+    problem = make_problem(sizes, n, weighted=True, dtype=np.float32)
+    options = {"backend": name, "reduction": reduction}
+    bound = bind(prepare(problem, n, **options), problem)
+    for seed in (1, 2):
+        other = make_problem(sizes, n, weighted=True, dtype=np.float32, seed=seed)
+        changed = [*flat(problem.params), problem.X, problem.y, problem.options["sample_weight"]]
+        new = [*flat(other.params), other.X, other.y, other.options["sample_weight"]]
+        for array, values in zip(changed, new, strict=True):
+            array[...] = values
+        assert_same_bits(bound(), run(other, **options))
+
+
+def test_the_prepared_call_and_bound_ones_may_alternate():
+    pytest.importorskip("numba")
+    problems = [make_problem(seed=seed) for seed in range(3)]
+    grad_fn = prepare(problems[0], backend="numba")
+    calls = [
+        *(bind(grad_fn, problem) for problem in problems[:2]),
+        lambda: call(grad_fn, problems[2]),
+    ]
+    for k in (0, 1, 2, 0, 2, 1, 0):
+        assert_same_bits(calls[k](), run(problems[k], backend="numba"))
+
+
+def test_values_are_looked_at_in_every_bound_call():
+    problem = make_problem(loss="softmax_cross_entropy", weighted=True)
+    bound = bind(prepare(problem), problem)
+    expected = run(problem)
+    problem.y[1] = 4
+    with pytest.raises(ValueError, match="class indices from 0 to 3"):
+        bound()
+    problem.y[1] = -1
+    with pytest.raises(ValueError, match="class indices from 0 to 3"):
+        bound()
+    problem.y[...] = make_problem(loss="softmax_cross_entropy", weighted=True).y
+    assert_same_bits(bound(), expected)
+    problem.options["sample_weight"][0] = -1
+    with pytest.raises(ValueError, match="weights that are not negative"):
+        bound()
+
+
+def test_infinities_in_a_bound_call_are_no_warnings():
+    pytest.importorskip("numba")
+    problem = make_problem()
+    for name in ("numpy", "numba"):
+        bound = bind(prepare(problem, backend=name), problem)
+        problem.X[0] = np.inf
+        assert np.isnan(bound().grads[0].W).any()
+        problem.X[0] = 1
+
+
+def test_lists_are_read_when_they_are_bound():
+    problem = make_problem().map(lambda A: A.tolist())
+    bound, expected = bind(prepare(problem), problem), run(problem)
+    problem.X[0][0] = 1e3
+    assert_same_bits(bound(), expected)
+
+
 # Refused -----------------------------------------------------------------------------------------
 
 
@@ -183,6 +263,9 @@ def assert_refused(grad_fn, problem, error, message, **out):
     """Refused with the message; the next call is right again."""
     with pytest.raises(error, match=message):
         call(grad_fn, problem, **out)
+    if not out:
+        with pytest.raises(error, match=message):
+            bind(grad_fn, problem)
     for good in (make_problem(), make_problem(weighted=True)):
         assert_same_bits(call(grad_fn, good), run(good))
 
@@ -350,7 +433,12 @@ def test_on_cupy_values_are_not_looked_at(monkeypatch, container, weighted):
     problem = problem._replace(params=container(problem.params))
     expected = run(problem)
     monkeypatch.setattr(namespaces, "library_name", lambda xp: "cupy")
-    monkeypatch.setattr(namespaces, "plan", lambda spec, *_: cupy_engine.derivation(spec))
+
+    def plan(spec, n, *_):
+        run = cupy_engine.derivation(spec, n)
+        return lambda *arrays: run(*arrays[:4], arrays[4] == "mean", arrays[5])
+
+    monkeypatch.setattr(namespaces, "plan", plan)
     grad_fn = prepare(problem, precision="float32")
     assert call(grad_fn, problem).loss == pytest.approx(expected.loss)
     problem.y[1] = 4

@@ -10,8 +10,10 @@ to row, is its transpose by columns, with that leading dimension. So the operand
 
 each keeps its flag, and nothing is moved. Columns come in nowhere but in Product.
 
-Of the epilogues none is used: the one for relu makes 0 of nan, which would hide a net that has
-diverged, and there is none for most activations. Numbers are those of cublasLt.h.
+Of the epilogues none is used. The one for relu makes 0 of nan, which would hide a net that has
+diverged; those for biases and their gradients would spare nothing, since a kernel goes over the
+same elements for the activation, which is in none of them for most. Numbers are those of
+cublasLt.h.
 """
 
 import ctypes
@@ -141,7 +143,7 @@ def _set(function: str, target: int, attribute: int, value: Any) -> None:
 
 
 class Product:
-    """C = op(A) op(B), or C + op(A) op(B), for matrices of given shapes.
+    """C = scale op(A) op(B), or C + scale op(A) op(B), for matrices of given shapes.
 
     Nothing in it changes after it is made, so that threads may share it.
     """
@@ -157,10 +159,9 @@ class Product:
         compute: str,
     ) -> None:
         self.handle = handle(device)
-        scalar, scalar_type = (
-            (ctypes.c_double, "float64") if compute == "float64" else (ctypes.c_float, "float32")
-        )
-        self.zero, self.one = scalar(0), scalar(1)
+        self.scalar: Any = ctypes.c_double if compute == "float64" else ctypes.c_float
+        scalar_type = "float64" if compute == "float64" else "float32"
+        self.zero, self.one = (ctypes.byref(self.scalar(number)) for number in (0, 1))
         self.descriptor = self._own(
             "cublasLtMatmulDesc", COMPUTE_TYPES[compute], DATA_TYPES[scalar_type]
         )
@@ -209,10 +210,18 @@ class Product:
         )
         if found.value == 0 or best.status != 0:
             raise Unsupported(f"cuBLASLt has no algorithm for {shapes}")
-        return best.algorithm
+        return ctypes.byref(best.algorithm)
 
     def __call__(
-        self, A: int, B: int, C: int, *, accumulate: bool = False, workspace: int, stream: int
+        self,
+        A: int,
+        B: int,
+        C: int,
+        *,
+        scale: float = 1.0,
+        accumulate: bool = False,
+        workspace: int,
+        stream: int,
     ) -> None:
         """Enqueue the product of matrices at these addresses on a stream."""
         first, second, result = self.layouts
@@ -220,17 +229,17 @@ class Product:
             "cublasLtMatmul",
             self.handle,
             self.descriptor,
-            ctypes.byref(self.one),
+            ctypes.byref(self.scalar(scale)),
             B,
             first,
             A,
             second,
-            ctypes.byref(self.one if accumulate else self.zero),
+            self.one if accumulate else self.zero,
             C,
             result,
             C,
             result,
-            ctypes.byref(self.algorithm),
+            self.algorithm,
             workspace,
             WORKSPACE_BYTES,
             stream,

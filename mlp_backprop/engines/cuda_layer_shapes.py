@@ -13,6 +13,7 @@ from mlp_backprop.engines import cublaslt
 from mlp_backprop.engines.cuda_tiny import SLOPES_FROM_Z
 
 SLAB = 64  # rows whose sums a block of elements.cu forms
+LANES = 32  # columns of a block, where it does not have them all
 
 # Rows of a chunk: few enough for what one kernel writes and the next one reads to stay in the L2
 # cache, but a product of fewer than LEAST_ROWS leaves multiprocessors idle.
@@ -20,7 +21,7 @@ LEAST_ROWS = 1 << 13
 MOST_ROWS = 1 << 20
 CHUNK_BYTES = 1 << 30
 
-ITEM_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+ITEM_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8, "int64": 8}
 
 
 class Arithmetic(NamedTuple):
@@ -61,10 +62,12 @@ class Shapes(NamedTuple):
     keeps_Z: list[bool]  # from l = 0
     row_bytes: int  # of a row in all buffers
     near_bytes: int  # of a row in two of the widest
-    grad_offsets: list[int]  # of dE/dW_l in the results, from l = 1
-    sums_offset: int  # there, of the sums over rows
-    bias_offsets: list[int]  # of dE/db_l in the sums over rows, from l = 1
-    n_sums: int  # these, and last the loss
+    bias_offsets: list[int]  # of dE/db_l in the results, from l = 1
+    loss_offset: int  # there, behind them
+    grad_offsets: list[int]  # of dE/dW_l there, from l = 1
+    n_results: int
+    loss_blocks: int  # of one slab: the parts in which its loss is summed
+    n_partials: int  # sums of one slab: dE/db_l as in the results, then these parts
 
 
 def shapes(spec: Spec, types: Arithmetic) -> Shapes:
@@ -72,13 +75,17 @@ def shapes(spec: Spec, types: Arithmetic) -> Shapes:
     sizes, stored = spec.sizes, ITEM_BYTES[types.stored]
     aligned = [_aligned(size, stored) for size in sizes]
     as_given = aligned if types.converts else list(sizes)
-    keeps_Z = [False, *(row.name in SLOPES_FROM_Z for row in spec.activations)]
+    # The kernel of the output layer has Z_L and H_L in registers.
+    keeps_Z = [False, *(row.name in SLOPES_FROM_Z for row in spec.activations[:-1]), False]
     widest = max(aligned[1:])
-    rows = [aligned[0] * types.converts, *aligned[1:], widest, widest]
+    rows = [aligned[0] * types.converts, *aligned[1:-1], widest, widest]
     rows += [size for size, keeps in zip(aligned, keeps_Z, strict=True) if keeps]
-    weights = (_aligned(a * b, ITEM_BYTES[types.real]) for a, b in pairwise(sizes))
-    *grad_offsets, sums_offset = accumulate(weights, initial=0)
-    *bias_offsets, n_biases = accumulate(sizes[1:], initial=0)
+    *bias_offsets, loss_offset = accumulate(sizes[1:], initial=0)
+    real = ITEM_BYTES[types.real]
+    weights = (_aligned(a * b, real) for a, b in pairwise(sizes))
+    *grad_offsets, n_results = accumulate(weights, initial=_aligned(loss_offset + 1, real))
+    softmax = spec.loss.name == "softmax_cross_entropy"  # a block has whole rows
+    loss_blocks = 1 if softmax else ceil_div(sizes[-1], LANES)
     return Shapes(
         sizes=sizes,
         strides=[as_given[0], *aligned[1:]],
@@ -86,10 +93,12 @@ def shapes(spec: Spec, types: Arithmetic) -> Shapes:
         keeps_Z=keeps_Z,
         row_bytes=sum(rows) * stored,
         near_bytes=2 * widest * stored,
-        grad_offsets=grad_offsets,
-        sums_offset=sums_offset,
         bias_offsets=bias_offsets,
-        n_sums=n_biases + 1,
+        loss_offset=loss_offset,
+        grad_offsets=grad_offsets,
+        n_results=n_results,
+        loss_blocks=loss_blocks,
+        n_partials=loss_offset + loss_blocks,
     )
 
 

@@ -2,28 +2,44 @@
 
 A chunk of rows runs, in the letters of backprop.py and with the kernels of cuda/elements.cu,
 
-    H_l  = H_{l-1} W_lᵀ                              product   for l = 1, ..., L
-    H_l  = f_l(H_l + b_l); Z_l kept if f' asks       activate
-    D_L  = dE/dH_L, and the loss                     loss
-    D_l  = D_l ∘ f'_l(Z_l), and its column sums (2)  delta     for l = L, ..., 1
-    dE/dW_l += D_lᵀ H_{l-1}                          product
-    D_{l-1}  = D_l W_l, where l > 1                  product
+    H_l  = H_{l-1} W_lᵀ                                product   for l = 1, ..., L - 1
+    H_l  = f_l(H_l + b_l); Z_l kept if f' asks         activate
+    D_L  = H_{L-1} W_Lᵀ                                product
+    D_L  = dE/dZ_L where Z_L = D_L + b_L; loss; (2)    output
+    dE/dW_l += D_lᵀ H_{l-1}                            product   for l = L, ..., 1
+    D_{l-1}  = D_l W_l                                 product   where l > 1
+    D_{l-1}  = D_{l-1} ∘ f'_{l-1}(Z_{l-1}); (2)        delta     where l > 1
 
 Products are planned once per shape, and all that is summed over rows in kernels, each dE/db_l and
-the loss, is summed in a fixed order: a result repeats to the last bit. A small pass that is asked
-for again becomes a CUDA graph.
+the loss, is summed in a fixed order and at last by sum_partials: a result repeats to the last bit.
+
+A mean needs no division of its own: over n rows, products dE/dW_l are scaled by 1/n, and
+sum_partials divides; with weights, the kernels are given weights whose sum is 1.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from mlp_backprop.backprop import Run, Spec, Sums, weight_sum
+from mlp_backprop.backprop import Spec
 from mlp_backprop.engines import cublaslt, cuda_build
 from mlp_backprop.engines.cublaslt import Matrix, Product
+from mlp_backprop.engines.cuda_arrays import LossAndGrads
 from mlp_backprop.engines.cuda_build import Specialisation
+from mlp_backprop.engines.cuda_layer_calls import (
+    Call,
+    Results,
+    make_call,
+    make_inputs,
+    row_bytes,
+    takes_products,
+)
 from mlp_backprop.engines.cuda_layer_shapes import (
+    ITEM_BYTES,
+    LANES,
     SLAB,
     Arithmetic,
     Shapes,
@@ -34,13 +50,11 @@ from mlp_backprop.engines.cuda_layer_shapes import (
 )
 from mlp_backprop.types import Array, Layer, flat
 
-LANES, WARPS = 32, 16  # threads of a block in elements.cu
-KERNELS = ("activate", "delta", "loss", "sum_partials", "to_stored")
+WARPS = 16  # of a block in elements.cu
+KERNELS = ("activate", "output", "delta", "sum_partials", "to_stored")
 MAX_REGISTERS = 64
 
-# Inputs of up to this size are copied into a graph in less time than Python takes to launch the
-# kernels one by one.
-GRAPH_BYTES = 16 << 20
+MOST_GRAPHS = 16  # that a plan keeps; a loop needs one or two, as its results change places
 
 C_NAMES = {"bfloat16": "bfloat16", "float32": "float", "float64": "double"}
 
@@ -62,43 +76,52 @@ def specialise(spec: Spec, precision: str) -> list[Specialisation] | None:
     ]
 
 
-class LayerProducts(NamedTuple):
-    """The products of layer l."""
+class LayerSteps(NamedTuple):
+    """What layer l does with so many rows: its products, and how its kernels are launched."""
 
     forward: Product  # H_{l-1} W_lᵀ
     grad: Product  # D_lᵀ H_{l-1}
     below: Product | None  # D_l W_l; none for layer 1
+    grid: tuple[int, int]
+    extent: tuple[int, int, int]  # rows, width and stride of H_l and D_l
 
 
-def layer_products(
-    shapes: Shapes, types: Arithmetic, rows: int, device: int
-) -> list[LayerProducts]:
-    """The products of every layer for so many rows. D_l lies as H_l does."""
+def layer_steps(shapes: Shapes, types: Arithmetic, rows: int, device: int) -> list[LayerSteps]:
+    """The steps of every layer. D_l lies as H_l does."""
     product = partial(cublaslt.product, device, compute=types.compute)
     H = [
         Matrix(rows, size, stride, types.stored)
         for size, stride in zip(shapes.sizes, shapes.strides, strict=True)
     ]
-    products = []
+    steps = []
     for l, (below, above) in enumerate(pairwise(H), 1):
         n_out, n_in = above.columns, below.columns
         W = Matrix(n_out, n_in, shapes.weight_strides[l - 1], types.stored)
         dW = Matrix(n_out, n_in, n_in, types.real)
-        products.append(
-            LayerProducts(
+        is_output = l == len(H) - 1
+        steps.append(
+            LayerSteps(
                 forward=product(below, W, above, transpose_B=True),
                 grad=product(above, below, dW, transpose_A=True),
                 below=product(above, W, below) if l > 1 else None,
+                grid=(shapes.loss_blocks, slabs(rows)) if is_output else grid(rows, n_out),
+                extent=(rows, n_out, above.stride),
             )
         )
-    return products
+    return steps
 
 
-def plan(spec: Spec, n: int, precision: str) -> Run | None:
-    """A pass over up to n rows on the current device and stream; None for what it does not cover.
+def grid(rows: int, width: int) -> tuple[int, int]:
+    """A block for each slab of LANES columns."""
+    return ceil_div(width, LANES), slabs(rows)
 
-    Its sums are arrays of the plan's, until the next run.
-    """
+
+def slabs(rows: int) -> int:
+    return ceil_div(rows, SLAB)
+
+
+def plan(spec: Spec, n: int, precision: str) -> "LayerPass | None":
+    """A pass over up to n rows, on the current device and stream; None if not covered."""
     types, specialisations = arithmetic(spec, precision), specialise(spec, precision)
     if types is None or specialisations is None:
         return None
@@ -109,83 +132,42 @@ def plan(spec: Spec, n: int, precision: str) -> Run | None:
         return None
 
 
-class Inputs(NamedTuple):
-    """The arguments of a run as kernels and products take them: aligned, y under its own kind."""
-
-    params: list[Layer]
-    X: Array
-    targets: Array | None
-    labels: Array | None
-    weight: Array | None
-
-    def arrays(self) -> list[Array]:
-        data = (self.X, self.targets, self.labels, self.weight)
-        return [*flat(self.params), *(array for array in data if array is not None)]
-
-
-def make_inputs(real: str, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Inputs:
-    """Copies are made only of what does not lie as it should."""
-    return Inputs(
-        params=[Layer(_plain(W, real), _plain(b, real)) for W, b in params],
-        X=_plain(X, real),
-        targets=_plain(y, real) if y.ndim == 2 else None,
-        labels=_plain(y, "int64") if y.ndim == 1 else None,
-        weight=None if weight is None else _plain(weight, real),
-    )
-
-
-def _plain(array: Array, dtype: str) -> Array:
-    """C-contiguous, and at a multiple of the alignment."""
-    import cupy
-
-    array = cupy.ascontiguousarray(array, dtype)
-    return array if array.data.ptr % cublaslt.ALIGNMENT == 0 else array.copy()
-
-
 class Buffers:
-    """The matrices of a chunk, H_l, Z_l and D_l indexed by the layer, and converted weights."""
+    """Addresses of what is the plan's own; 0 stands for none.
+
+    The matrices of a chunk, H_l, Z_l and D_l indexed by the layer; converted W_l; partials; and a
+    workspace.
+    """
 
     def __init__(self, s: Shapes, types: Arithmetic, rows: int) -> None:
         import cupy
 
-        stored = "uint16" if types.stored == "bfloat16" else types.stored
-        empty = partial(cupy.empty, dtype=stored)
-        self.H = [empty((rows, stride)) for stride in s.strides[1:]]
-        self.H.insert(0, empty((rows, s.strides[0])) if types.converts else None)
+        self.arrays: list[Array] = []  # they keep the memory
+
+        def empty(*shape: int, dtype: str) -> int:
+            self.arrays.append(cupy.empty(shape, dtype))
+            address: int = self.arrays[-1].data.ptr
+            return address
+
+        stored = partial(empty, dtype="uint16" if types.stored == "bfloat16" else types.stored)
+        self.H = [stored(rows, stride) for stride in s.strides[1:-1]]
+        self.H.insert(0, stored(rows, s.strides[0]) if types.converts else 0)
         self.Z = [
-            empty((rows, stride)) if keeps else None
+            stored(rows, stride) if keeps else 0
             for stride, keeps in zip(s.strides, s.keeps_Z, strict=True)
         ]
         # D_l and D_{l-1} are there together, never a third.
-        pair = [empty((rows, max(s.strides[1:]))) for _ in range(2)]
+        pair = [stored(rows, max(s.strides[1:])) for _ in range(2)]
         self.D = [pair[l % 2] for l in range(len(s.sizes))]
         self.W = [
-            empty((n_out, stride))
+            stored(n_out, stride)
             for n_out, stride in zip(s.sizes[1:], s.weight_strides, strict=True)
             if types.converts
         ]
-
-
-class Results:
-    """What a pass leaves: one flat array with the gradients and the loss as views of it."""
-
-    def __init__(self, s: Shapes, types: Arithmetic, slabs: int) -> None:
-        import cupy
-
-        self.flat = cupy.empty(s.sums_offset + s.n_sums, types.real)
-        self.sums = self.flat[s.sums_offset :]
-        self.loss = self.sums[-1:].reshape(())
-        self.grads = [
-            Layer(
-                W=self.flat[start : start + n_in * n_out].reshape(n_out, n_in),
-                b=self.sums[first : first + n_out],
-            )
-            for start, first, (n_in, n_out) in zip(
-                s.grad_offsets, s.bias_offsets, pairwise(s.sizes), strict=True
-            )
-        ]
-        self.partials = cupy.empty((slabs, s.n_sums), "float64")
-        self.bias_partials = [self.partials.reshape(-1)[first:] for first in s.bias_offsets]
+        self.workspace = empty(cublaslt.WORKSPACE_BYTES, dtype="uint8")
+        self.partials = empty(slabs(rows), s.n_partials, dtype="float64")
+        item = ITEM_BYTES["float64"]
+        self.bias_partials = [self.partials + at * item for at in s.bias_offsets]
 
 
 class LayerPass:
@@ -199,133 +181,139 @@ class LayerPass:
 
         device = cupy.cuda.Device()
         free_bytes = device.mem_info[0] + cupy.get_default_memory_pool().free_bytes()
-        self.spec, self.types, self.device = spec, types, device.id
+        self.types, self.device = types, device.id
         self.shapes = shapes(spec, types)
         self.rows = chunk_rows(self.shapes, n, device.attributes["L2CacheSize"], free_bytes)
         self.kernels = [{name: m.get_function(name) for name in KERNELS} for m in modules]
-        self.products: dict[int, list[LayerProducts]] = {}
-        self._products_for(max(1, min(n, self.rows)))
-
+        self.row_bytes = row_bytes(self.shapes, types)
+        self.steps: dict[int, list[LayerSteps]] = {}
+        self._steps_for(max(1, min(n, self.rows)))
         self.buffers = Buffers(self.shapes, types, self.rows)
-        self.results = Results(self.shapes, types, ceil_div(self.rows, SLAB))
-        self.workspace = cupy.empty(cublaslt.WORKSPACE_BYTES, "uint8")
-        self.last_kind: tuple[Any, ...] | None = None
-        self.graph: Graph | None = None
+        self.graphs: OrderedDict[Call, Any] = OrderedDict()  # the last used is the last
 
-    def _products_for(self, rows: int) -> list[LayerProducts]:
+    def _steps_for(self, rows: int) -> list[LayerSteps]:
         """There are full chunks and a shorter last one; one length of the latter is kept."""
-        if rows not in self.products:
-            if len(self.products) > 1:
-                self.products.popitem()
-            self.products[rows] = layer_products(self.shapes, self.types, rows, self.device)
-        return self.products[rows]
+        if rows not in self.steps:
+            if len(self.steps) > 1:
+                self.steps.popitem()
+            self.steps[rows] = layer_steps(self.shapes, self.types, rows, self.device)
+        return self.steps[rows]
 
-    def __call__(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Sums:
-        """Loss, weights and gradients, summed over the rows of X."""
-        inputs = make_inputs(self.types.real, params, X, y, weight)
-        arrays = inputs.arrays()
-        kind = (*(array.shape for array in arrays), y.ndim)
-        if kind != self.last_kind:
-            self.last_kind, self.graph = kind, None
-            self._enqueue(inputs)
-        elif sum(array.nbytes for array in arrays) > GRAPH_BYTES:
-            self._enqueue(inputs)
-        else:
-            self.graph = self.graph or Graph(self._enqueue, inputs)
-            self.graph.replay(inputs)
-        return Sums(self.results.loss, weight_sum(self.spec, X, weight), self.results.grads)
+    def __call__(
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        mean: bool,
+        out: list[Layer] | None,
+    ) -> LossAndGrads:
+        """Loss and gradients: sums over the rows of X, for a mean over the sum of the weights.
 
-    def _enqueue(self, inputs: Inputs) -> None:
-        """The whole pass, on the current stream."""
-        n, n_sums, results = inputs.X.shape[0], self.shapes.n_sums, self.results
+        They are new arrays; the gradients are written to `out` if it is given, whose arrays are
+        C-contiguous and may be among those that are read.
+        """
+        n, real = X.shape[0], self.types.real
+        inputs = make_inputs(real, params, X, y, weight, mean)
+        at_once = out is not None and n > 0 and takes_products(out, inputs)
+        results = Results(self.shapes, real, out if at_once else None)
         if n == 0:
-            results.flat.data.memset_async(0, results.flat.nbytes)
-            return
-        slabs = ceil_div(min(n, self.rows), SLAB)
-        results.partials.data.memset_async(0, slabs * n_sums * results.partials.itemsize)
-        W = [W for W, _ in inputs.params]
-        if self.types.converts:
-            for given, stored in zip(W, self.buffers.W, strict=True):
-                self._convert(given, stored)
-            W = self.buffers.W
-        for start in range(0, n, self.rows):
-            self._chunk(inputs, W, slice(start, min(start + self.rows, n)))
-        grid = _grid(1, n_sums)
-        self._launch(1, "sum_partials", grid, results.partials, slabs, n_sums, results.sums)
-
-    def _chunk(self, inputs: Inputs, W: list[Array], rows: slice) -> None:
-        """Forward and backward over some rows, whose sums are added to those of the rows before."""
-        n, L, s, results = rows.stop - rows.start, len(W), self.shapes, self.results
-        products, H, Z, D = self._products_for(n), [*self.buffers.H], self.buffers.Z, self.buffers.D
-        extents = [(n, size, stride) for size, stride in zip(s.sizes, s.strides, strict=True)]
-        X, *y_and_weight = (None if array is None else array[rows] for array in inputs[1:])
-        if self.types.converts:
-            self._convert(X, H[0])
+            results.array.data.memset_async(0, results.array.nbytes)
         else:
-            H[0] = X
-        for l, (_, b) in enumerate(inputs.params, 1):
-            self._multiply(products[l - 1].forward, H[l - 1], W[l - 1], H[l])
-            self._launch(l, "activate", _grid(n, s.sizes[l]), H[l], Z[l], b, *extents[l])
-        loss = (H[L], *y_and_weight, D[L], *extents[L], results.partials, s.n_sums)
-        self._launch(L, "loss", _grid(n, 1), *loss)
-        for l in range(L, 0, -1):
-            delta = (D[l], H[l], Z[l], *extents[l], results.bias_partials[l - 1], s.n_sums)
-            self._launch(l, "delta", _grid(n, s.sizes[l]), *delta)
-            _, grad, below = products[l - 1]
-            dW = results.grads[l - 1].W
-            self._multiply(grad, D[l], H[l - 1], dW, accumulate=rows.start > 0)
-            if below is not None:
-                self._multiply(below, D[l], W[l - 1], D[l - 1])
+            self._run(make_call(inputs, results, divisor=n if mean and weight is None else 1))
+        if out is None:
+            return results.loss, results.grads
+        for grad, target in zip(flat(results.grads), flat(out), strict=True):
+            if grad is not target:
+                target.data.copy_from_device_async(grad.data, grad.nbytes)
+        return results.loss, [Layer(W, b) for W, b in out]
 
-    def _convert(self, given: Array, stored: Array) -> None:
-        rows, width = given.shape
-        extent = (rows, width, stored.shape[1])
-        self._launch(1, "to_stored", _grid(rows, width), given, stored, *extent)
+    def _run(self, call: Call) -> None:
+        """Enqueue a pass, from the second time on as a graph.
 
-    def _multiply(
-        self, product: Product, A: Array, B: Array, C: Array, accumulate: bool = False
-    ) -> None:
+        In a loop, memory comes back to the same addresses, and a call is all that a pass depends
+        on. A graph waits for a second time because recording takes as long as several launches of
+        the pass, which a call that never comes again would pay for nothing, and because loading a
+        kernel at its first launch cannot be recorded.
+        """
         import cupy
 
-        product(
-            *(array.data.ptr for array in (A, B, C)),
-            accumulate=accumulate,
-            workspace=self.workspace.data.ptr,
-            stream=cupy.cuda.get_current_stream().ptr,
-        )
+        if call not in self.graphs:
+            self._enqueue(call)
+            self.graphs[call] = None
+            if len(self.graphs) > MOST_GRAPHS:
+                self.graphs.popitem(last=False)
+            return
+        self.graphs.move_to_end(call)
+        if self.graphs[call] is None:
+            self.graphs[call] = recorded(partial(self._enqueue, call))
+        self.graphs[call].launch(cupy.cuda.get_current_stream())
 
-    def _launch(self, l: int, kernel: str, grid: tuple[int, int], *arguments: Any) -> None:
-        """Run a kernel of layer l. CuPy passes numbers as long long, and None as a null pointer."""
+    def _enqueue(self, call: Call) -> None:
+        """The launches of a pass, on the current stream."""
+        import cupy
+
+        s, buffers, W = self.shapes, self.buffers, call.W
+        stream = cupy.cuda.get_current_stream().ptr
+        if self.types.converts:
+            W = tuple(buffers.W)
+            for l, (given, stored) in enumerate(zip(call.W, W, strict=True), 1):
+                self._convert(given, stored, s.sizes[l], s.sizes[l - 1], s.weight_strides[l - 1])
+        for first in range(0, call.n, self.rows):
+            self._chunk(call, W, first, min(self.rows, call.n - first), stream)
+        partials = (buffers.partials, slabs(min(self.rows, call.n)), s.n_partials, s.loss_offset)
+        blocks = (ceil_div(s.loss_offset, LANES) + 1, 1)
+        self._launch(1, "sum_partials", blocks, *partials, float(call.divisor), call.sums)
+
+    def _chunk(self, call: Call, W: tuple[int, ...], first: int, n: int, stream: int) -> None:
+        """Forward and backward over n rows, whose sums are added to those of the rows before."""
+        s, L, buffers = self.shapes, len(W), self.buffers
+        steps, H, Z, D = self._steps_for(n), buffers.H, buffers.Z, buffers.D
+        X, *y_and_weight = (
+            at and at + first * size for at, size in zip(call.data, self.row_bytes, strict=True)
+        )
+        if self.types.converts:
+            self._convert(X, H[0], n, s.sizes[0], s.strides[0])
+        else:
+            H = [X, *H[1:]]
+        place: dict[str, Any] = {"workspace": buffers.workspace, "stream": stream}
+        sums = (s.n_partials, first > 0)
+        for l, step in enumerate(steps[:-1], 1):
+            step.forward(H[l - 1], W[l - 1], H[l], **place)
+            activate = (H[l], Z[l], call.b[l - 1], *step.extent)
+            self._launch(l, "activate", step.grid, *activate)
+        step = steps[-1]
+        step.forward(H[L - 1], W[L - 1], D[L], **place)
+        output = (D[L], call.b[-1], *y_and_weight, *step.extent, buffers.bias_partials[-1], *sums)
+        self._launch(L, "output", step.grid, *output)
+        for l in range(L, 0, -1):
+            step, scale = steps[l - 1], 1 / call.divisor
+            step.grad(D[l], H[l - 1], call.dW[l - 1], scale=scale, accumulate=first > 0, **place)
+            if step.below is None:
+                return
+            step.below(D[l], W[l - 1], D[l - 1], **place)
+            step, l_sums = steps[l - 2], buffers.bias_partials[l - 2]
+            delta = (D[l - 1], H[l - 1], Z[l - 1], *step.extent, l_sums, *sums)
+            self._launch(l - 1, "delta", step.grid, *delta)
+
+    def _convert(self, given: int, stored: int, rows: int, width: int, stride: int) -> None:
+        self._launch(1, "to_stored", grid(rows, width), given, stored, rows, width, stride)
+
+    def _launch(self, l: int, kernel: str, grid: tuple[int, int], *arguments: int | float) -> None:
+        """Run a kernel of layer l. CuPy passes an int, and so an address, in eight bytes."""
         self.kernels[l - 1][kernel](grid, (LANES, WARPS), arguments)
 
 
-def _grid(rows: int, width: int) -> tuple[int, int]:
-    return ceil_div(width, LANES), ceil_div(rows, SLAB)
+def recorded(enqueue: Callable[[], None]) -> Any:
+    """The graph of what this enqueues, on a stream of its own."""
+    import cupy
 
-
-class Graph:
-    """A pass recorded over inputs of its own, to which those of a replay are copied.
-
-    The pass must have run before: compiling, loading and planning cannot be recorded.
-    """
-
-    def __init__(self, enqueue: Callable[[Inputs], None], inputs: Inputs) -> None:
-        import cupy
-
-        params, *data = inputs
-        self.inputs = Inputs(
-            [Layer(W.copy(), b.copy()) for W, b in params],
-            *(None if array is None else array.copy() for array in data),
-        )
-        with cupy.cuda.Stream(non_blocking=True) as stream:
-            stream.begin_capture()
-            enqueue(self.inputs)
-            self.graph = stream.end_capture()
-
-    def replay(self, inputs: Inputs) -> None:
-        """Enqueue the pass over these inputs on the current stream."""
-        import cupy
-
-        for array, given in zip(self.inputs.arrays(), inputs.arrays(), strict=True):
-            array.data.copy_from_device_async(given.data, given.nbytes)
-        self.graph.launch(cupy.cuda.get_current_stream())
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        try:
+            enqueue()
+        except BaseException:
+            with suppress(Exception):  # the error to tell is the first
+                stream.end_capture()
+            raise
+        return stream.end_capture()

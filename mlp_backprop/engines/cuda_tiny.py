@@ -9,13 +9,23 @@ levels of a tree, blocks are added in float64. So the error of a sum of terms x 
 """
 
 import math
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from mlp_backprop.backprop import Run, Spec, Sums
+from mlp_backprop.backprop import Spec
 from mlp_backprop.engines import cuda_build
+from mlp_backprop.engines.cuda_arrays import (
+    NULL,
+    TARGETS,
+    LossAndGrads,
+    Results,
+    n_params,
+    pointers_to,
+    readable,
+    vector_bytes,
+)
 from mlp_backprop.engines.cuda_build import Specialisation
 from mlp_backprop.types import Array, DType, Layer, flat
 
@@ -29,13 +39,6 @@ CEILINGS = {4: 128, 3: 168, 2: 255}
 
 # Where f' needs Z, it is formed on the way forward and kept.
 SLOPES_FROM_Z = {"softplus", "silu", "gelu_tanh"}
-
-# Types of y, as they are called in C; labels of other types are cast to int64.
-TARGETS = {
-    np.dtype(np.float32): "float",
-    np.dtype(np.int32): "int",
-    np.dtype(np.int64): "long long",
-}
 
 
 def registers(spec: Spec, params_in_registers: bool) -> int:
@@ -83,23 +86,19 @@ def specialise(
     return Specialisation("tiny.cu", ("tiny",), defines, max_registers=CEILINGS[blocks])
 
 
-def n_params(sizes: tuple[int, ...]) -> int:
-    return sum(n_out * (n_in + 1) for n_in, n_out in pairwise(sizes))
-
-
 def n_blocks(n: int, n_resident: int) -> int:
     """Blocks for n rows: no more than run at a time, unless a thread had too many rows to add."""
     return max(1, min(math.ceil(n / BLOCK), n_resident), math.ceil(n / (BLOCK * MOST_ROWS)))
 
 
-def plan(spec: Spec, n: int, precision: str) -> Run | None:
-    """A pass over up to n rows, on the current device and stream."""
+def plan(spec: Spec, n: int, precision: str) -> "Pass | None":
+    """A pass, planned for up to n rows, on the current device and stream."""
     placed = placement(spec)
     return None if placed is None else Pass(spec, n, precision, n_resident=placed[1])
 
 
 class Pass:
-    """The run of a plan, with its workspace and the place of its results: for one stream."""
+    """The run of a plan, with its workspace: for one stream."""
 
     def __init__(self, spec: Spec, n: int, precision: str, n_resident: int) -> None:
         import cupy
@@ -107,24 +106,52 @@ class Pass:
         self.spec, self.precision = spec, precision
         self.kernels: dict[tuple[DType, bool], Any] = {}
         self.n_resident = n_resident * cupy.cuda.Device().attributes["MultiProcessorCount"]
-        self.results = cupy.empty(n_params(spec.sizes) + 2, np.float32)
-        self.sums = sums_in(self.results, spec.sizes)
-        row = math.ceil(self.results.size / WARP) * WARP  # every lane of a warp has equally many
+        self.results = Results(spec.sizes)
+        self.X_vectors, *_, self.y_vectors = map(vector_bytes, spec.sizes)
+        n_sums = n_params(spec.sizes) + 2
+        row = math.ceil(n_sums / WARP) * WARP  # every lane of a warp has equally many
         self.partials = cupy.empty((n_blocks(n, self.n_resident), row), np.float32)
         self.ticket = cupy.zeros(1, np.uint32)
 
-    def __call__(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Sums:
-        """The seam of engines; the next call writes over the sums."""
+    def __call__(
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        mean: bool,
+        out: list[Layer] | None,
+    ) -> LossAndGrads:
+        """The seam of the CuPy engine's tiers."""
+        return self.bound(params, X, y, weight, mean, out)()
+
+    def bound(
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        mean: bool,
+        out: list[Layer] | None,
+    ) -> Callable[[], LossAndGrads]:
+        """The launch of a pass, to be done again and again; what is not readable is copied now."""
         if y.dtype not in TARGETS:
             y = y.astype(np.int64)
-        X, y = (readable(A, math.prod(A.shape[1:])) for A in (X, y))
+        X, y = readable(X, self.X_vectors), readable(y, self.y_vectors if y.ndim == 2 else 4)
         own = [readable(A) for A in flat(params)]
         weight = NULL if weight is None else readable(weight)
+        loss, grads = self.results(out)
         kernel, n = self.kernel(y.dtype, weight is not NULL), X.shape[0]
-        workspace = self.partials, self.ticket, self.results
-        arguments = (pointers_to(own), X, y, weight, n, *workspace)
-        kernel((n_blocks(n, self.n_resident),), (BLOCK,), arguments)
-        return self.sums._replace(weight=float(n)) if weight is NULL else self.sums
+        results = pointers_to([*flat(grads), loss])
+        data = X, y, weight, n
+        arguments = (pointers_to(own), *data, int(mean), self.partials, self.ticket, results)
+        grid = min(n_blocks(n, self.n_resident), len(self.partials))
+
+        def launch() -> LossAndGrads:
+            kernel((grid,), (BLOCK,), arguments)
+            return loss, grads
+
+        return launch
 
     def kernel(self, target: DType, weighted: bool) -> Any:
         """Compiled at the first call."""
@@ -134,28 +161,3 @@ class Pass:
             assert chosen is not None
             self.kernels[kind] = cuda_build.module(chosen).get_function("tiny")
         return self.kernels[kind]
-
-
-# CuPy 13 has passed None as another address.
-NULL = np.uint64(0)
-
-
-def sums_in(array: Array, sizes: tuple[int, ...]) -> Sums:
-    """Views of an array that holds W_1, b_1, W_2, ..., the loss, the weights."""
-    grads, end = [], 0
-    for n_in, n_out in pairwise(sizes):
-        start, middle, end = end, end + n_out * n_in, end + n_out * (n_in + 1)
-        grads.append(Layer(array[start:middle].reshape(n_out, n_in), array[middle:end]))
-    return Sums(array[end : end + 1].reshape(()), array[end + 1 :].reshape(()), grads)
-
-
-def readable(A: Array, n_columns: int = 1) -> Array:
-    """A, or a copy: C-contiguous, and aligned to the widest vectors of floats that divide a row."""
-    aligned = A.data.ptr % math.gcd(4 * n_columns, 16) == 0
-    return A if aligned and A.flags.c_contiguous else A.copy(order="C")
-
-
-def pointers_to(arrays: list[Array]) -> Any:
-    """A struct of pointers, as an argument of a kernel."""
-    addresses = np.array([A.data.ptr for A in arrays], np.uint64)
-    return addresses.view(f"V{addresses.nbytes}")

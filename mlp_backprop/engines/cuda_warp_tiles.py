@@ -19,22 +19,25 @@ that cut off every sum; how real ones do is not yet measured.
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlp_backprop.backprop import Run, Spec, Sums
+from mlp_backprop.backprop import Spec
 from mlp_backprop.engines import cuda_build
-from mlp_backprop.engines.cuda_build import Specialisation
-from mlp_backprop.engines.cuda_tiny import (
+from mlp_backprop.engines.cuda_arrays import (
     NULL,
     TARGETS,
+    LossAndGrads,
+    Results,
     n_params,
     pointers_to,
     readable,
-    sums_in,
+    vector_bytes,
 )
+from mlp_backprop.engines.cuda_build import Specialisation
 from mlp_backprop.types import Array, DType, Layer, flat
 
 WIDEST = 128
@@ -197,8 +200,8 @@ def n_blocks(n: int, tile_rows: int, n_resident: int) -> int:
     return max(1, min(tiles, n_resident), math.ceil(tiles / MOST_TILES))
 
 
-def plan(spec: Spec, n: int, precision: str) -> Run | None:
-    """A pass over up to n rows, on the current device and stream."""
+def plan(spec: Spec, n: int, precision: str) -> "Pass | None":
+    """A pass, planned for up to n rows, on the current device and stream."""
     if not covers(spec, precision):
         return None
     import cupy
@@ -215,7 +218,7 @@ def plan(spec: Spec, n: int, precision: str) -> Run | None:
 
 
 class Pass:
-    """The run of a plan, with its workspace and the place of its results: for one stream."""
+    """The run of a plan, with its workspace: for one stream."""
 
     def __init__(
         self, spec: Spec, n: int, precision: str, limits: Limits, geometry: Geometry
@@ -226,26 +229,54 @@ class Pass:
         self.n_resident = geometry.BLOCKS * cupy.cuda.Device().attributes["MultiProcessorCount"]
         self.shared_bytes = shared_bytes(spec, OPERANDS[precision].PARTS, geometry)
         self.kernels: dict[DType, list[Any]] = {}
-        self.results = cupy.empty(n_params(spec.sizes) + 2, np.float32)
-        self.sums = sums_in(self.results, spec.sizes)
-        self.rows = cupy.empty((self.n_blocks(n), self.results.size), np.float32)
+        self.results = Results(spec.sizes)
+        self.n_sums = n_params(spec.sizes) + 2
+        self.rows = cupy.empty((self.n_blocks(n), self.n_sums), np.float32)
         self.not_finite = cupy.zeros(1, np.uint32)
 
-    def __call__(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Sums:
-        """The seam of engines; the next call writes over the sums."""
+    def __call__(
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        mean: bool,
+        out: list[Layer] | None,
+    ) -> LossAndGrads:
+        """The seam of the CuPy engine's tiers."""
+        return self.bound(params, X, y, weight, mean, out)()
+
+    def bound(
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        mean: bool,
+        out: list[Layer] | None,
+    ) -> Callable[[], LossAndGrads]:
+        """The launches of a pass, to be done again and again, as in cuda_tiny.py."""
         if y.dtype not in TARGETS:
             y = y.astype(np.int64)
-        X, y = readable(X, X.shape[1]), readable(y)
+        X, y = readable(X, vector_bytes(X.shape[1])), readable(y)
         own = [readable(A) for A in flat(params)]
         weight = NULL if weight is None else readable(weight)
+        loss, grads = self.results(out)
         warp_tiles, exact_rows, add_rows = self.compiled(y.dtype)
-        n, grid, block = X.shape[0], self.n_blocks(X.shape[0]), 32 * self.geometry.WARPS
+        n, block = X.shape[0], 32 * self.geometry.WARPS
+        grid = min(self.n_blocks(n), len(self.rows))
         arguments = X, y, weight, n, pointers_to(own), self.rows, self.not_finite
-        warp_tiles((grid,), (block,), arguments, shared_mem=self.shared_bytes)
-        exact_rows((grid,), (256,), arguments, shared_mem=exact_bytes(self.spec))
-        columns = math.ceil(self.results.size / 32)
-        add_rows((columns,), (256,), (self.rows, np.int32(grid), self.results, self.not_finite))
-        return self.sums._replace(weight=float(n)) if weight is NULL else self.sums
+        results = pointers_to([*flat(grads), loss])
+        sums = self.rows, grid, int(mean), results, self.not_finite
+        n_columns, exact_shared = math.ceil(self.n_sums / 32), exact_bytes(self.spec)
+
+        def launch() -> LossAndGrads:
+            warp_tiles((grid,), (block,), arguments, shared_mem=self.shared_bytes)
+            exact_rows((grid,), (256,), arguments, shared_mem=exact_shared)
+            add_rows((n_columns,), (256,), sums)
+            return loss, grads
+
+        return launch
 
     def n_blocks(self, n: int) -> int:
         return n_blocks(n, self.geometry.tile_rows, self.n_resident)

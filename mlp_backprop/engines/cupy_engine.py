@@ -6,47 +6,73 @@
 
 What none of them covers runs the derivation on CuPy arrays. All work is enqueued on CuPy's current
 stream, on the device where X lies, and nothing here waits for it.
+
+Sums become a mean in the kernels that write them last: a division of its own would be one more
+launch for a small net, and for a large one reads and writes of all gradients.
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from mlp_backprop import backprop
-from mlp_backprop.backprop import Run, Spec, Sums
+from mlp_backprop.backprop import Spec, Sums
+from mlp_backprop.blocks import added_losses, part
 from mlp_backprop.engines import cuda_layers, cuda_tiny, cuda_warp_tiles
+from mlp_backprop.engines.cuda_arrays import TARGETS, LossAndGrads
 from mlp_backprop.types import Array, Layer, flat
 
 TIERS: tuple[Any, ...] = (cuda_tiny, cuda_warp_tiles, cuda_layers)
 
 MOST_PLANS = 8  # that are kept: streams may come and go
 
+# run(params, X, y, weight, mean, out): summed over the rows of X, or divided by the sum of the
+# weights, in new arrays; the gradients in those of `out`, C-contiguous, if it is not None.
+TierRun = Callable[..., LossAndGrads]
 
-def plan(spec: Spec, n: int, precision: str) -> Run:
-    """A pass over up to n rows, on any device and stream."""
+
+def plan(spec: Spec, n: int, precision: str) -> "Pass":
+    """A pass, planned for up to n rows, on any device and stream."""
     return Pass(spec, n, precision)
 
 
-def plan_here(spec: Spec, n: int, precision: str) -> Run:
+def plan_here(spec: Spec, n: int, precision: str) -> TierRun:
     """The first tier's plan, on the current device and stream."""
     runs = (tier.plan(spec, n, precision) for tier in TIERS)
-    return next((run for run in runs if run is not None), None) or derivation(spec)
+    return next((run for run in runs if run is not None), None) or derivation(spec, n)
 
 
-def derivation(spec: Spec) -> Run:
-    """The derivation; as from the kernels, the loss is nan where a label is out of range."""
-    run, xp = backprop.plan(spec), spec.xp
+def derivation(spec: Spec, n: int) -> TierRun:
+    """The derivation, over n rows at a time.
 
-    def checked(params: list[Layer], X: Array, y: Array, weight: Array | None) -> Sums:
+    As from the kernels, the loss is nan where a label is out of range.
+    """
+    sums_of, xp = backprop.plan(spec), spec.xp
+
+    def run(
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        mean: bool,
+        out: list[Layer] | None,
+    ) -> LossAndGrads:
         # A prepared call hands on plain pairs, which is all that the kernels need.
-        sums: Sums = run([Layer(W, b) for W, b in params], X, y, weight)
-        if y.ndim == 2:
-            return sums
-        # A narrow integer type may not be able to hold the width it is compared with.
-        limit = min(spec.sizes[-1] - 1, xp.iinfo(y.dtype).max)
-        are_labels = xp.all((y >= 0) & (y <= limit))
-        return sums._replace(loss=xp.where(are_labels, sums.loss, xp.nan * sums.loss))
+        layers = [Layer(W, b) for W, b in params]
+        step = max(1, n)
+        blocks = (slice(k, k + step) for k in range(0, max(1, X.shape[0]), step))
+        parts = (sums_of(layers, X[rows], y[rows], part(weight, rows)) for rows in blocks)
+        loss, grads = added_losses((sums.loss, sums.grads) for sums in parts)
+        sums = Sums(loss, backprop.weight_sum(spec, X, weight), grads)
+        loss, grads = backprop.reduced(spec, sums, "mean" if mean else "sum")
+        if y.ndim == 1:
+            # A narrow integer type may not be able to hold the width it is compared with.
+            limit = min(spec.sizes[-1] - 1, xp.iinfo(y.dtype).max)
+            are_labels = xp.all((y >= 0) & (y <= limit))
+            loss = xp.where(are_labels, loss, xp.nan * loss)
+        return loss, grads if out is None else _copied(grads, out)
 
-    return checked
+    return run
 
 
 class Pass:
@@ -58,41 +84,67 @@ class Pass:
 
     def __init__(self, spec: Spec, n: int, precision: str) -> None:
         self.spec, self.precision = spec, precision
-        self.rows = n  # at a time
-        self.runs: dict[tuple[int, int], Run] = {}
+        self.rows = n  # that a plan has memory for; a pass over more takes them in parts
+        self.runs: dict[tuple[int, int], TierRun] = {}
 
-    def __call__(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Any:
-        """Sums over the rows of X; short of memory, over half as many rows at a time."""
-        import cupy
-
-        _check_one_device([X, y, *flat(params)] + ([] if weight is None else [weight]))
+    def __call__(
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        reduction: str,
+        out: list[Layer] | None = None,
+    ) -> LossAndGrads:
+        """Loss and gradients; short of memory, over half as many rows at a time."""
+        arrays = params, X, y, weight, reduction == "mean"
+        targets = [] if out is None else flat(out)
+        _check_one_device([*_flat(params, X, y, weight), *targets])
         with X.device:
-            try:
-                return self._sums(params, X, y, weight)
-            except cupy.cuda.memory.OutOfMemoryError:
-                pass  # only when the error is gone are the arrays of its frames
-            self.runs.clear()
-            cupy.get_default_memory_pool().free_all_blocks()
-            self.rows = -(-self.rows // 2)
-            try:
-                return self._sums(params, X, y, weight)
-            except cupy.cuda.memory.OutOfMemoryError as error:
-                raise self._too_large(X) from error
+            if out is None or all(A.flags.c_contiguous for A in targets):
+                return self._run(*arrays, out)
+            loss, grads = self._run(*arrays, None)
+            return loss, _copied(grads, out)
 
-    def _sums(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Any:
-        run, n = self._run_here(X), X.shape[0]
-        if n <= self.rows:
-            return in_one_array(self.spec, run(params, X, y, weight))
-        blocks = (slice(start, start + self.rows) for start in range(0, n, self.rows))
-        return added(
-            run(params, X[rows], y[rows], None if weight is None else weight[rows])
-            for rows in blocks
-        )
+    def bound(
+        self, params: list[Layer], X: Array, y: Array, weight: Array | None, reduction: str
+    ) -> Callable[[], LossAndGrads]:
+        """The pass over these arrays, whatever they hold when it is called.
 
-    def _run_here(self, X: Array) -> Run:
+        Where kernels read all of them as they lie, their launches are made up now.
+        """
+        arrays = params, X, y, weight, reduction
+        _, out = self(*arrays)  # which looks at devices, and plans
+        with X.device:
+            here = _here()
+        bound = getattr(self.runs[here], "bound", None)
+        if bound is None or not all(map(_is_plain, _flat(params, X, y, weight))):
+            return partial(self, *arrays, out)
+        launch = bound(*arrays[:-1], reduction == "mean", out)
+
+        def call() -> LossAndGrads:
+            # A plan's workspace is for one stream.
+            return launch() if _here() == here else self(*arrays, out)
+
+        return call
+
+    def _run(self, params: list[Layer], X: Array, *rest: Any) -> LossAndGrads:
         import cupy
 
-        here = (X.data.device_id, cupy.cuda.get_current_stream().ptr)
+        try:
+            return self._planned()(params, X, *rest)
+        except cupy.cuda.memory.OutOfMemoryError:
+            pass  # only when the error is gone are the arrays of its frames
+        self.runs.clear()
+        cupy.get_default_memory_pool().free_all_blocks()
+        self.rows = -(-self.rows // 2)
+        try:
+            return self._planned()(params, X, *rest)
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            raise self._too_large(X) from error
+
+    def _planned(self) -> TierRun:
+        here = _here()
         if here not in self.runs:
             if len(self.runs) == MOST_PLANS:
                 self.runs.clear()
@@ -108,50 +160,27 @@ class Pass:
         )
 
 
-def added(parts: Iterable[Any]) -> Sums:
-    """The sums of several runs of one plan, which writes them to the same place every time."""
-    total = None
-    for loss, weight, grads in ((part.loss, part.weight, part.grads) for part in parts):
-        if total is None:
-            total = Sums(loss + 0, weight + 0, [Layer(W.copy(), b.copy()) for W, b in grads])
-            continue
-        for mine, theirs in zip(flat(total.grads), flat(grads), strict=True):
-            mine += theirs
-        total = total._replace(loss=total.loss + loss, weight=total.weight + weight)
-    assert total is not None
-    return total
+def _here() -> tuple[int, int]:
+    """The current device and stream."""
+    import cupy
+
+    return cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr
 
 
-class OneArray(NamedTuple):
-    """As backprop.Sums; loss and gradients are views of one array, and divided in one launch."""
-
-    sums: Sums
-    array: Array
-
-    @property
-    def weight(self) -> Array | float:
-        """The sum of the weights."""
-        return self.sums.weight
-
-    def divided(self, spec: Spec, divisor: Array | float) -> tuple[Array, list[Layer]]:
-        """Loss and gradients over a divisor, as views of one new array."""
-        quotient = self.array / divisor
-
-        def same_view(A: Array) -> Array:
-            place = quotient.data + (A.data.ptr - self.array.data.ptr)
-            return spec.xp.ndarray(A.shape, A.dtype, place)
-
-        loss, grads = self.sums.loss, self.sums.grads
-        return same_view(loss), [Layer(same_view(W), same_view(b)) for W, b in grads]
+def _flat(params: list[Layer], X: Array, y: Array, weight: Array | None) -> list[Array]:
+    return [X, y, *flat(params)] if weight is None else [X, y, weight, *flat(params)]
 
 
-def in_one_array(spec: Spec, sums: Sums) -> Any:
-    """The sums as OneArray, where they are laid out so and in the dtype of the results."""
-    views = [sums.loss, *flat(sums.grads)]
-    array = sums.loss.base
-    if array is None or array.dtype != spec.dtype or any(A.base is not array for A in views):
-        return sums
-    return OneArray(sums, array)
+def _is_plain(array: Array) -> bool:
+    """Whether every kernel reads it as it lies."""
+    is_aligned = array.data.ptr % 16 == 0 and array.flags.c_contiguous
+    return is_aligned and array.dtype in TARGETS
+
+
+def _copied(grads: list[Layer], out: list[Layer]) -> list[Layer]:
+    for mine, theirs in zip(flat(grads), flat(out), strict=True):
+        theirs[...] = mine
+    return out
 
 
 def _check_one_device(arrays: list[Array]) -> None:

@@ -24,7 +24,7 @@ from mlp_backprop import backprop
 from mlp_backprop.engines import numba_formulas as formulas
 from mlp_backprop.engines import numba_kernels as kernels
 from mlp_backprop.engines import numpy_tiles, threads
-from mlp_backprop.types import Array, Layer
+from mlp_backprop.types import Array, Layer, flat
 
 # Beyond this width the products are better left to BLAS: the net is wide.
 WIDEST = 64
@@ -70,15 +70,35 @@ class Pass:
         """The seam of engines; the sums are the caller's own."""
         for (W, b), own in zip(params, self.params_by_layer, strict=True):
             own.W[...], own.b[...] = W, b
+        return FlatSums(self.flat_sums(X, y, weight), self.sizes)
+
+    def bound(
+        self, params: list[Layer], X: Array, y: Array, weight: Array | None, reduction: str
+    ) -> Callable[[], tuple[Array, list[Layer]]]:
+        """The pass over these arrays, into the same ones every time."""
+        copies = list(zip(flat(self.params_by_layer), flat(params), strict=True))
+        results = np.empty(len(self.params) + 2, self.params.dtype)
+        grads = by_layer(results, self.sizes)
+
+        def call() -> tuple[Array, list[Layer]]:
+            for own, given in copies:
+                own[...] = given
+            sums = self.flat_sums(X, y, weight)
+            np.divide(sums, sums[-1] if reduction == "mean" else 1.0, results, casting="same_kind")
+            return results[-2], grads
+
+        return call
+
+    def flat_sums(self, X: Array, y: Array, weight: Array | None) -> Array:
+        """With the parameters that are at hand: gradients as `record` has them, loss, weight."""
         if weight is None:
             weight = self.no_weight
         n_chunks, n_rows = self.chunks(len(X))
         if n_chunks == 1:
             sums = np.empty(len(self.params) + 2)
             self.sum_rows(X, y, weight, self.tiles[0], sums)
-        else:
-            sums = self.sum_chunks(X, y, weight, n_chunks, n_rows)
-        return FlatSums(sums, self.sizes)
+            return sums
+        return self.sum_chunks(X, y, weight, n_chunks, n_rows)
 
     def chunks(self, n: int) -> tuple[int, int]:
         """How many chunks n rows make, and of how many rows: whole tiles."""

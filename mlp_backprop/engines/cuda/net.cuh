@@ -33,6 +33,13 @@ struct Pointers {
   } layers[L];
 };
 
+struct Results {
+  struct {
+    float *W, *b;
+  } layers[L];
+  float* loss;
+};
+
 struct Samples {
   const float* X;
   const TARGET* y;

@@ -15,7 +15,8 @@
 //     PARAMS_IN_REGISTERS   1: there is room; 0: they stay in shared memory
 //     BLOCK, BLOCKS         threads of a block; blocks that a multiprocessor shall hold
 //
-// Sums are laid out as the parameters are, W_1, b_1, W_2, ...; then the loss, then the weights.
+// Sums are laid out as the parameters are, W_1, b_1, W_2, ...; then the loss, then the weights. For a
+// mean they are divided by the sum of the weights, or by n, where they are written at last.
 
 #include "formulas.cuh"
 
@@ -59,10 +60,18 @@ struct Pointers {
   } layers[L];
 };
 
+struct Results {
+  struct {
+    float *W, *b;
+  } layers[L];
+  float* loss;
+};
+
 struct alignas(16) Shared {
   float params[N_PARAMS];
   float warps[WARPS][PADDED];
   double groups[GROUPS][PADDED];
+  double totals[PADDED];
   bool last;
 };
 
@@ -240,7 +249,8 @@ DEVICE void add_lanes(Sums& sums) {
 }
 
 // The rows of `partials`, one per block, in the same order whichever block comes last.
-DEVICE void add_blocks(const float* partials, double (&groups)[GROUPS][PADDED], float* result) {
+DEVICE void add_blocks(const float* partials, double (&groups)[GROUPS][PADDED],
+                       double (&totals)[PADDED]) {
   const int column = 4 * (threadIdx.x % COLUMNS), group = threadIdx.x / COLUMNS;
   if (group < GROUPS) {
     double x = 0, y = 0, z = 0, w = 0;
@@ -257,14 +267,25 @@ DEVICE void add_blocks(const float* partials, double (&groups)[GROUPS][PADDED], 
   for (int i = threadIdx.x; i < N_SUMS; i += BLOCK) {
     double sum = 0;
     for (int group = 0; group < GROUPS; ++group) sum += groups[group][i];
-    result[i] = sum;
+    totals[i] = sum;
   }
+}
+
+// The gradients of layers l ... L.
+template <int l>
+DEVICE void write(const double (&totals)[PADDED], double divisor, const Results& results) {
+  using A = Layer<l>;
+  const auto [W, b] = results.layers[l - 1];
+  for (int i = threadIdx.x; i < A::n_out * A::n_in; i += BLOCK) W[i] = totals[A::W + i] / divisor;
+  for (int i = threadIdx.x; i < A::n_out; i += BLOCK) b[i] = totals[A::b + i] / divisor;
+  if constexpr (l < L) write<l + 1>(totals, divisor, results);
 }
 
 // `partials` has a row of PADDED numbers per block, `ticket` is 0, before and after.
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     tiny(const Pointers pointers, const float* X, const TARGET* y, const float* weight,
-         const long long n, float* partials, unsigned* ticket, float* result) {
+         const long long n, const long long mean, float* partials, unsigned* ticket,
+         const Results results) {
   SHARED_STRUCT(Shared, shared);
   stage<1>(pointers, shared.params);
   __syncthreads();
@@ -285,22 +306,28 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
   for (int k = 0; k < PER_LANE; ++k) shared.warps[warp][lane * PER_LANE + k] = sums[k];
   __syncthreads();
   const bool alone = gridDim.x == 1;
-  for (int i = threadIdx.x; i < (alone ? N_SUMS : PADDED); i += BLOCK) {
+  for (int i = threadIdx.x; i < PADDED; i += BLOCK) {
     float sum = 0;
     for (int warp = 0; warp < WARPS; ++warp) sum += shared.warps[warp][i];
     if (alone) {
-      result[i] = sum;
+      shared.totals[i] = sum;
     } else {
       __stcg(partials + (long long)blockIdx.x * PADDED + i, sum);
     }
   }
-  if (alone) return;
 
-  __threadfence();
+  if (!alone) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) shared.last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+    __syncthreads();
+    if (!shared.last) return;
+    __threadfence();
+    add_blocks(partials, shared.groups, shared.totals);
+  }
   __syncthreads();
-  if (threadIdx.x == 0) shared.last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
-  __syncthreads();
-  if (!shared.last) return;
-  __threadfence();
-  add_blocks(partials, shared.groups, result);
+  double divisor = 1;
+  if (mean) divisor = WEIGHTED ? shared.totals[N_SUMS - 1] : n;
+  write<1>(shared.totals, divisor, results);
+  if (threadIdx.x == 0) *results.loss = shared.totals[LOSS_SUM] / divisor;
 }

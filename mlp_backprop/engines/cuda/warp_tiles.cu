@@ -376,23 +376,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
 }
 
-// Adds the rows of sums in float64, eight threads to a column, and clears the flag.
+// Where a number of layer l or above belongs, by its column in a row of sums.
+template <int l>
+DEVICE float* place_of(int column, const Results& results) {
+  const auto [W, b] = results.layers[l - 1];
+  constexpr int first_W = place(l), first_b = first_W + sizes[l] * sizes[l - 1];
+  if (column < first_b) return W + (column - first_W);
+  if (column < place(l + 1)) return b + (column - first_b);
+  if constexpr (l < L) {
+    return place_of<l + 1>(column, results);
+  } else {
+    return results.loss;
+  }
+}
+
+// Adds the rows of sums in float64, eight threads to a column, and clears the flag. For a mean every
+// block adds up the weights as well, whose column is the last, and divides by them.
 extern "C" __global__ void __launch_bounds__(256)
-    add_rows(const float* sums, int n_rows, float* total, unsigned* not_finite) {
+    add_rows(const float* sums, long long n_rows, long long mean, Results results,
+             unsigned* not_finite) {
   struct Columns {
-    double sums[8][32];
+    double sums[8][32], weights[8];
   };
   SHARED_STRUCT(Columns, shared);
-  const int part = threadIdx.x / 32, column = blockIdx.x * 32 + lane();
-  double sum = 0;
-  for (int row = part; column < N_SUMS && row < n_rows; row += 8) {
-    sum += sums[static_cast<long long>(row) * N_SUMS + column];
+  const int part = warp(), column = blockIdx.x * 32 + lane();
+  double sum = 0, weights = 0;
+  for (long long row = part; column < N_SUMS && row < n_rows; row += 8) {
+    sum += sums[row * N_SUMS + column];
+  }
+  for (long long row = part; mean && row < n_rows; row += 8) {
+    weights += sums[row * N_SUMS + N_SUMS - 1];
   }
   shared.sums[part][lane()] = sum;
+  if (lane() == 0) shared.weights[part] = weights;
   __syncthreads();
-  if (part == 0 && column < N_SUMS) {
+  if (part == 0 && column < N_SUMS - 1) {
     for (int k = 1; k < 8; ++k) sum += shared.sums[k][lane()];
-    total[column] = static_cast<float>(sum);
+    for (int k = 1; k < 8; ++k) weights += shared.weights[k];
+    *place_of<1>(column, results) = sum / (mean ? weights : 1);
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) *not_finite = 0;
 }
