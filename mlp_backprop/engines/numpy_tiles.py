@@ -168,12 +168,15 @@ class TiledPass:
 
     def _pack(self, params: list[Layer]) -> None:
         """[W_l b_l] in one array, negated where the activation wants -Z."""
-        for (W_packed, b_packed), (W, b), row in zip(
-            self.packed.layers, params, self.rows, strict=True
-        ):
-            copy = np.negative if row is not None and row.sign < 0 else np.positive
-            copy(W, W_packed)
-            copy(b, b_packed)
+        packed = self.packed
+        for l, ((W, b), row) in enumerate(zip(params, self.rows, strict=True)):
+            is_negated = row is not None and row.sign < 0
+            if l == 0 and not self.schedule.copies_X and not is_negated:
+                packed.arrays[0], packed.layers[0] = W, Layer(W, b)  # the largest, as it is
+                continue
+            copy = np.negative if is_negated else np.positive
+            copy(W, packed.layers[l].W)
+            copy(b, packed.layers[l].b)
 
     def _one_tile(
         self, weights: list[Array], X: Array, y: Array, weight: Array | None
