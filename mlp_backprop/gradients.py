@@ -1,4 +1,4 @@
-"""The public functions on a whole net: check the arguments, plan, run, divide once."""
+"""The public functions on a whole net: check the arguments, plan a pass, run it."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps

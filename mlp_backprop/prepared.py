@@ -125,13 +125,14 @@ class PreparedGrads:
         given, backend = (params, X, y, sample_weight), self._options["backend"]
         fits = self._fits(*given)
         with namespaces.callers_stream([X], backend):
-            arrays = given if fits else self._checked(*given)
-            self._check_n(arrays[1])
-            self._check_values(*arrays[1:])
-            run = quietly(self._run.bound)(*arrays, self._options["reduction"])
+            layers, *data = given if fits else self._checked(*given)
+            self._check_n(data[0])
+            self._check_values(*data)
+            layers = [Layer(W, b) for W, b in layers]  # a list of our own
+            run = quietly(self._run.bound)(layers, *data, self._options["reduction"])
 
         def call() -> LossAndGrads:
-            self._check_values(*arrays[1:])
+            self._check_values(*data)
             return LossAndGrads(*run())
 
         def call_on_stream() -> LossAndGrads:

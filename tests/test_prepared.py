@@ -249,6 +249,16 @@ def test_infinities_in_a_bound_call_are_no_warnings():
         problem.X[0] = 1
 
 
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+def test_a_call_is_bound_to_arrays_not_to_the_list_of_them(name):
+    if name == "numba":
+        pytest.importorskip("numba")
+    problem = make_problem()
+    bound, expected = bind(prepare(problem, backend=name), problem), run(problem, backend=name)
+    problem.params[0] = (np.zeros(1), np.zeros(1))
+    assert_same_bits(bound(), expected)
+
+
 def test_lists_are_read_when_they_are_bound():
     problem = make_problem().map(lambda A: A.tolist())
     bound, expected = bind(prepare(problem), problem), run(problem)
