@@ -96,9 +96,11 @@ def assert_same_bits(first, second):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 2e-5)])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_and_loss(activation, loss, dtype, tolerance, cut):
+@pytest.mark.parametrize("n_in", [3, 20])  # X is copied into the tile, or seen in place
+def test_every_activation_and_loss(n_in, activation, loss, dtype, tolerance, cut):
+    options = {"activation": activation, "loss": loss}
     for weighted in (False, True):
-        problem = make_problem(n=30, activation=activation, loss=loss, weighted=weighted)
+        problem = make_problem((n_in, 5, 2, 4), n=30, weighted=weighted, **options)
         assert_like_derivation(problem, tolerance, dtype)
     cut(tile_rows=30)
     assert_like_derivation(problem, tolerance, dtype)
