@@ -60,11 +60,22 @@ def run(problem, **options):
     return compute_grads(problem.params, problem.X, problem.y, **problem.options | options)
 
 
+def grad_fn_of(problem, **options):
+    named = {name: problem.options[name] for name in ("activation", "loss")}
+    return prepare_grads(problem.params, n=len(problem.X), **named, **options)
+
+
+def arrays_of(problem):
+    return *problem[:3], problem.options["sample_weight"]
+
+
 def prepared(problem, **options):
-    weight, named = problem.options["sample_weight"], dict(problem.options)
-    del named["sample_weight"]
-    grad_fn = prepare_grads(problem.params, n=len(problem.X), **named, **options)
-    return lambda: grad_fn(problem.params, problem.X, problem.y, weight)
+    grad_fn, arrays = grad_fn_of(problem, **options), arrays_of(problem)
+    return lambda: grad_fn(*arrays)
+
+
+def bound(problem, **options):
+    return grad_fn_of(problem, **options).bind(*arrays_of(problem))
 
 
 def on_host(grads):
@@ -177,7 +188,7 @@ def test_results_stay_while_inputs_change_in_place(cupy, net, weighted):
 def test_a_bound_call_reads_what_the_arrays_hold_by_then(cupy, net):
     problem = make_problem(NETS[net], 300, dtype=np.float32)
     device = on_device(cupy, problem)
-    step = prepare_grads(device.params, n=300).bind(device.params, device.X, device.y)
+    step = bound(device)
     streams = [cupy.cuda.Stream.null, cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream.null]
     for k, stream in enumerate(streams * 2):
         with stream:
@@ -194,12 +205,12 @@ def test_gradients_are_written_to_out(cupy, net, order):
     problem = make_problem(NETS[net], 300, dtype=np.float32)
     device = on_device(cupy, problem)
     expected = run(device)
-    grad_fn = prepare_grads(device.params, n=300)
+    grad_fn = grad_fn_of(device)
     out = [(cupy.zeros_like(W, order=order), cupy.zeros_like(b)) for W, b in device.params]
     for _ in range(4):
         for A in flat(out):
             A.fill(np.nan)
-        loss, grads = grad_fn(device.params, device.X, device.y, out=out)
+        loss, grads = grad_fn(*arrays_of(device), out=out)
         assert float(loss) == pytest.approx(float(expected.loss), rel=1e-6)
         for mine, given, A in zip(flat(grads), flat(out), flat(expected.grads), strict=True):
             assert mine is given
@@ -241,8 +252,7 @@ def spin(cupy, cycles=400_000_000):
 @pytest.mark.parametrize("net", ["tiny", "tiles", "wide"])
 def test_a_prepared_call_waits_for_nothing(cupy, net):
     problem = on_device(cupy, make_problem(NETS[net], 500, dtype=np.float32))
-    call = prepared(problem)
-    step = prepare_grads(problem.params, n=500).bind(problem.params, problem.X, problem.y)
+    call, step = prepared(problem), bound(problem)
     with cupy.cuda.Stream(non_blocking=True) as stream:
         call(), call(), step(), step()
         stream.synchronize()
@@ -362,10 +372,11 @@ def test_torch_tensors(cupy, torch, loss):
     tensors = problem.map(lambda A: torch.tensor(A, device="cuda"))
     result = run(tensors, backend="cupy")
     again = prepared(tensors, backend="cupy")()
-    for A, B, C in zip(*(flat(r.grads) for r in (result, expected, again)), strict=True):
-        assert_array_equal(A.get(), B.get())
-        assert_array_equal(A.get(), C.get())
-        torch.from_dlpack(A)
+    step = bound(tensors, backend="cupy")
+    for got in (result, again, step(), step()):
+        for A, B in zip(flat(got.grads), flat(expected.grads), strict=True):
+            assert_array_equal(A.get(), B.get())
+            torch.from_dlpack(A)
 
 
 def test_the_stream_of_torch(cupy, torch):
