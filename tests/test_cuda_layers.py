@@ -424,6 +424,34 @@ def test_the_same_addresses_become_a_graph(device, weighted, precision, to_out, 
     assert launched == [launched[0], 2 * launched[0], 2 * launched[0], 2 * launched[0]]
 
 
+@pytest.mark.parametrize(("weighted", "mean"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_bound_pass_reads_what_the_arrays_hold_by_then(device, precision, weighted, mean):
+    first = net(CHUNK + 9, weighted=weighted)
+    args = arguments(device, first)
+    run = cuda_layers.plan(spec_of(first), CHUNK + 9, precision)
+    launch = run.bound(*args, mean, None)
+    for seed in range(4):
+        problem = net(CHUNK + 9, weighted=weighted, seed=seed)
+        change_in_place(args, problem)
+        result = launch()
+        assert_right(result, problem, PRECISIONS[precision][1], mean)
+    assert len(run.graphs) == 1
+    assert all(A is B for A, B in zip(flat(result[1]), flat(launch()[1]), strict=True))
+
+
+@pytest.mark.parametrize("what", ["no rows", "labels", "weights", "shifted"])
+def test_what_is_converted_at_every_call_cannot_be_bound(device, what):
+    problem = net(
+        0 if what == "no rows" else 9, "softmax_cross_entropy", weighted=what == "weights"
+    )
+    params, X, y, weight = arguments(device, problem, shift=1 if what == "shifted" else 0)
+    if what == "labels":
+        y = device.array(problem.y.astype(np.int32))
+    run = cuda_layers.plan(spec_of(problem), 9, "float32")
+    assert run.bound(params, X, y, weight, what == "weights", None) is None
+
+
 def test_graphs_of_results_that_take_turns(device):
     """As in a loop whose last results live until there are new ones."""
     problem = net(9, weighted=True)

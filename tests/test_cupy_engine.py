@@ -313,9 +313,9 @@ def test_gradients_are_written_to_out(card, monkeypatch, order):
 class BindingTier(Tier):
     """A tier that can make up its launches beforehand."""
 
-    def __init__(self, card):
+    def __init__(self, card, refuses=False):
         super().__init__(card)
-        self.n_bound = 0
+        self.refuses, self.n_bound = refuses, 0
 
     def plan(self, spec, n, precision):
         return BoundRun(self, super().plan(spec, n, precision))
@@ -330,7 +330,7 @@ class BoundRun:
 
     def bound(self, *arguments):
         self.tier.n_bound += 1
-        return lambda: self.run(*arguments)
+        return None if self.tier.refuses else lambda: self.run(*arguments)
 
 
 FLOAT32 = make_problem(sizes=(3, 4, 2), n=8, weighted=True, dtype=np.float32)
@@ -369,6 +369,24 @@ def test_a_tier_that_cannot_is_called(card, monkeypatch):
     tier = Tier(card)
     assert_follows_the_arrays(*bound_to(card, monkeypatch, tier))
     assert len(tier.plans) == 1
+
+
+def test_a_tier_may_refuse(card, monkeypatch):
+    tier = BindingTier(card, refuses=True)
+    assert_follows_the_arrays(*bound_to(card, monkeypatch, tier))
+    assert tier.n_bound == 1
+
+
+@pytest.mark.parametrize(("dtype", "n_bound"), [(np.int8, 0), (np.int32, 1), (np.int64, 1)])
+def test_labels_that_kernels_do_not_read_are_cast_at_every_call(card, monkeypatch, dtype, n_bound):
+    tier = BindingTier(card)
+    monkeypatch.setattr(cupy_engine, "TIERS", (tier,))
+    monkeypatch.setattr(cupy_engine, "derivation", lambda *_: lambda *_: (0.0, []))
+    problem = make_problem(sizes=(3, 4, 2), n=8, loss="softmax_cross_entropy", dtype=np.float32)
+    spec, (params, X, y, weight) = placed(card, problem)
+    y = card.array(y.astype(dtype))
+    cupy_engine.plan(spec, 8, "float32").bound(params, X, y, weight, "sum")()
+    assert tier.n_bound == n_bound
 
 
 def shifted(card, A):

@@ -228,6 +228,30 @@ class LayerPass:
                 target.data.copy_from_device_async(grad.data, grad.nbytes)
         return results.loss, [Layer(W, b) for W, b in out]
 
+    def bound(
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        mean: bool,
+        out: list[Layer] | None,
+    ) -> Callable[[], LossAndGrads] | None:
+        """The launches of a pass, to be done again and again; None where inputs are converted."""
+        n, real = X.shape[0], self.types.real
+        inputs = make_inputs(real, params, X, y, weight, mean)
+        given = {id(A) for A in (*flat(params), X, y, weight)}
+        if n == 0 or not all(id(A) in given for A in inputs.arrays()):
+            return None
+        results = Results(self.shapes, real, None)
+        call = make_call(inputs, results, divisor=n if mean and weight is None else 1)
+
+        def launch() -> LossAndGrads:
+            self._run(call)
+            return results.loss, results.grads
+
+        return launch
+
     def _run(self, call: Call) -> None:
         """Enqueue a pass, from the second time on as a graph.
 

@@ -117,10 +117,12 @@ class Pass:
         _, out = self(*arrays)  # which looks at devices, and plans
         with X.device:
             here = _here()
-        bound = getattr(self.runs[here], "bound", None)
-        if bound is None or not all(map(_is_plain, _flat(params, X, y, weight))):
+        bound, launch = getattr(self.runs[here], "bound", None), None
+        takes_y = y.ndim == 2 or y.dtype in TARGETS
+        if bound is not None and takes_y and all(map(_is_plain, _flat(params, X, y, weight))):
+            launch = bound(*arrays[:-1], reduction == "mean", out)
+        if launch is None:
             return partial(self, *arrays, out)
-        launch = bound(*arrays[:-1], reduction == "mean", out)
 
         def call() -> LossAndGrads:
             # A plan's workspace is for one stream.
@@ -173,8 +175,7 @@ def _flat(params: list[Layer], X: Array, y: Array, weight: Array | None) -> list
 
 def _is_plain(array: Array) -> bool:
     """Whether every kernel reads it as it lies."""
-    is_aligned = array.data.ptr % 16 == 0 and array.flags.c_contiguous
-    return is_aligned and array.dtype in TARGETS
+    return array.data.ptr % 16 == 0 and bool(array.flags.c_contiguous)
 
 
 def _copied(grads: list[Layer], out: list[Layer]) -> list[Layer]:
