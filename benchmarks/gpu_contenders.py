@@ -23,6 +23,7 @@ import numpy as np
 
 from mlp_backprop import backprop, compute_grads, prepare_grads, validation
 from mlp_backprop.bench_contenders import Answer, Contender, Ready, Task
+from mlp_backprop.engines.cuda_arrays import Arguments
 from mlp_backprop.types import flat
 
 
@@ -66,7 +67,8 @@ def _tier(name: str, task: Task, precision: str) -> Ready:
     run = import_module(f"mlp_backprop.engines.{name}").plan(spec, len(task.X), precision)
     if run is None:
         raise ValueError("this net is not covered")
-    return Ready(lambda: run(*arrays, True, None), _read)
+    arguments = Arguments(*arrays, mean=True, out=None)
+    return Ready(lambda: run(arguments), _read)
 
 
 def _derivation(task: Task, precision: str) -> Ready:

@@ -296,8 +296,9 @@ class Pass:
         self, params: list[Layer], X: Array, y: Array, weight: Array | None, reduction: str
     ) -> Callable[[], tuple[Array, list[Layer]]]:
         """The pass over these arrays, whatever they hold when it is called."""
-        bound = getattr(self.run, "bound", partial(partial, self))
-        return bound(params, X, y, weight, reduction)
+        arrays = params, X, y, weight, reduction
+        own = getattr(self.run, "bound", None)
+        return partial(self, *arrays) if own is None else own(*arrays)
 
 
 def plan(spec: backprop.Spec, n: int, backend: str | None, precision: str = "float32") -> Any:

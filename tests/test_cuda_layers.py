@@ -14,6 +14,7 @@ from mlp_backprop import backprop, namespaces
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.backprop import Spec
 from mlp_backprop.engines import cublaslt, cuda_layer_shapes, cuda_layers
+from mlp_backprop.engines.cuda_arrays import Arguments
 from mlp_backprop.engines.cuda_layer_shapes import LANES, SLAB
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.types import Layer, flat
@@ -192,7 +193,7 @@ def test_a_pass(device, precision, loss, mean):
     dtype, tolerance = PRECISIONS[precision]
     problem = net(7, loss=loss, dtype=dtype, weighted=True)
     run = cuda_layers.plan(spec_of(problem, dtype), 7, precision)
-    result = run(*arguments(device, problem), mean, None)
+    result = run(Arguments(*arguments(device, problem), mean, None))
     assert all(A.dtype == dtype for A in [result[0], *flat(result[1])])
     assert_right(result, problem, tolerance, mean)
 
@@ -204,14 +205,14 @@ def test_a_pass_with_every_activation(device, activation):
     for sizes in (SIZES, (2, 1, 3, 1)):
         problem = make_problem(sizes, 9, activation=names, dtype=np.float64)
         run = cuda_layers.plan(spec_of(problem, np.float64), 9, "float32")
-        assert_right(run(*arguments(device, problem), False, None), problem, 1e-13)
+        assert_right(run(Arguments(*arguments(device, problem), False, None)), problem, 1e-13)
 
 
 def test_an_activation_at_the_output(device):
     problem = net(9, dtype=np.float64)
     problem.options["activation"] = [HIDDEN["squared_error"]] * 3
     run = cuda_layers.plan(spec_of(problem, np.float64), 9, "float32")
-    assert_right(run(*arguments(device, problem), False, None), problem, 1e-13)
+    assert_right(run(Arguments(*arguments(device, problem), False, None)), problem, 1e-13)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_wide_outputs(device, loss, class_rows):
     sizes, n = (3, 2, 70), CHUNK + 9
     problem = net(n, loss=loss, sizes=sizes, dtype=np.float64, class_rows=class_rows)
     run = cuda_layers.plan(spec_of(problem, np.float64), n, "float32")
-    assert_right(run(*arguments(device, problem), True, None), problem, 1e-13, mean=True)
+    assert_right(run(Arguments(*arguments(device, problem), True, None)), problem, 1e-13, mean=True)
 
 
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
@@ -243,7 +244,7 @@ def test_chunks_add_up(device, precision, weighted, mean):
     problem = net(2 * CHUNK + SLAB + 7, sizes=(3, 4, 2), dtype=dtype, weighted=weighted)
     run = cuda_layers.plan(spec_of(problem, dtype), len(problem.X), precision)
     assert run.rows == CHUNK
-    assert_right(run(*arguments(device, problem), mean, None), problem, tolerance, mean)
+    assert_right(run(Arguments(*arguments(device, problem), mean, None)), problem, tolerance, mean)
     assert device.launches.count("output") == 3
     assert device.launches.count("sum_partials") == 1
 
@@ -256,13 +257,15 @@ def test_fewer_rows_than_planned(device, n):
         problem = net(n, sizes=(3, 4, 2), dtype=np.float64, **weighted)
         run = run or cuda_layers.plan(spec_of(problem, np.float64), 2 * CHUNK, "float32")
         for mean in {False, n > 1}:  # the second weight is 0
-            assert_right(run(*arguments(device, problem), mean, None), problem, 1e-13, mean)
+            assert_right(
+                run(Arguments(*arguments(device, problem), mean, None)), problem, 1e-13, mean
+            )
 
 
 def test_one_layer(device):
     problem = net(5, sizes=(3, 2), dtype=np.float64)
     run = cuda_layers.plan(spec_of(problem, np.float64), 5, "float32")
-    assert_right(run(*arguments(device, problem), False, None), problem, 1e-13)
+    assert_right(run(Arguments(*arguments(device, problem), False, None)), problem, 1e-13)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -271,7 +274,7 @@ def test_a_pass_repeats_to_the_last_bit(device, precision):
     results = []
     for planned in (2 * CHUNK, 2 * CHUNK, 4 * CHUNK):
         run = cuda_layers.plan(spec_of(problem), planned, precision)
-        results.append(bits_of(run(*arguments(device, problem), True, None)))
+        results.append(bits_of(run(Arguments(*arguments(device, problem), True, None))))
     assert results[0] == results[1] == results[2]
 
 
@@ -288,7 +291,7 @@ def test_inputs_as_they_come(device, change):
     before = X.tobytes(), y.tobytes(), weight.tobytes()
     run = cuda_layers.plan(spec_of(problem), 9, "float32")
     for mean in (False, True):
-        assert_right(run(params, X, y, weight, mean, None), problem, 1e-5, mean)
+        assert_right(run(Arguments(params, X, y, weight, mean, None)), problem, 1e-5, mean)
     assert (X.tobytes(), y.tobytes(), weight.tobytes()) == before
 
 
@@ -297,14 +300,14 @@ def test_the_sum_of_weights_may_leave_float32(device):
     problem = net(9, weighted=True)
     problem.options["sample_weight"] *= np.float32(1e38)
     run = cuda_layers.plan(spec_of(problem), 9, "float32")
-    assert_right(run(*arguments(device, problem), True, None), problem, 1e-5, mean=True)
+    assert_right(run(Arguments(*arguments(device, problem), True, None)), problem, 1e-5, mean=True)
 
 
 def test_nan_in_a_row_reaches_the_loss(device):
     problem = net(4, loss="poisson")  # so hidden layers have relu
     problem.X[2, 1] = np.nan
     run = cuda_layers.plan(spec_of(problem), 4, "float32")
-    loss, grads = run(*arguments(device, problem), False, None)
+    loss, grads = run(Arguments(*arguments(device, problem), False, None))
     assert np.isnan(loss)
     assert np.isnan(grads[0].W).any()
 
@@ -318,9 +321,9 @@ def test_results_are_the_callers(device):
     run = cuda_layers.plan(spec_of(problem), 9, "float32")
     args, kept = arguments(device, problem), []
     for _ in range(4):
-        result = run(*args, True, None)
+        result = run(Arguments(*args, True, None))
         kept.append((result, bits_of(result)))
-    run(*arguments(device, other), True, None)
+    run(Arguments(*arguments(device, other), True, None))
     assert len({bits for _, bits in kept}) == 1
     assert all(bits_of(result) == bits for result, bits in kept)
     places = {A.data.ptr for result, _ in kept for A in [result[0], *flat(result[1])]}
@@ -343,7 +346,7 @@ def test_out_is_written(device, n, shift):
     run = cuda_layers.plan(spec_of(problem, np.float64), n, "float32")
     args = arguments(device, problem)
     for _ in range(3):
-        loss, grads = run(*args, n > 0, out)
+        loss, grads = run(Arguments(*args, n > 0, out))
         assert all(A is B for A, B in zip(flat(grads), flat(out), strict=True))
         assert_right((loss, out), problem, 1e-13, n > 0)
         assert loss.size == 1
@@ -361,7 +364,7 @@ def test_gradients_without_out_need_one_array(device):
     args = arguments(device, problem)
     held = len(device.live)
     assert held - live == 8
-    result = run(*args, True, None)
+    result = run(Arguments(*args, True, None))
     assert len(device.live) == held + 1
     del result
     assert len(device.live) == held
@@ -383,7 +386,7 @@ def test_out_may_be_what_is_read(device, precision, what, mean):
         else:  # from the second vector of 16 bytes on
             memory, begin = {"X": X, "y": y, "weight": weight}[what].reshape(-1), 16 // X.itemsize
             out[1] = Layer(memory[begin : begin + 36].reshape(4, 9), out[1].b)
-        loss, grads = run(*args, mean, out)
+        loss, grads = run(Arguments(*args, mean, out))
         assert_right((loss, grads), problem, tolerance, mean)
 
 
@@ -414,7 +417,7 @@ def test_the_same_addresses_become_a_graph(device, weighted, precision, to_out, 
     for seed in range(4):
         problem = net(CHUNK + 9, weighted=weighted, seed=seed)
         change_in_place(args, problem)
-        result = run(*args, mean, out)
+        result = run(Arguments(*args, mean, out))
         assert_right(result, problem, tolerance, mean)
         del result  # its memory is the next one's
         assert len(run.graphs) == 1
@@ -430,7 +433,7 @@ def test_a_bound_pass_reads_what_the_arrays_hold_by_then(device, precision, weig
     first = net(CHUNK + 9, weighted=weighted)
     args = arguments(device, first)
     run = cuda_layers.plan(spec_of(first), CHUNK + 9, precision)
-    launch = run.bound(*args, mean, None)
+    launch = run.bound(Arguments(*args, mean, None))
     for seed in range(4):
         problem = net(CHUNK + 9, weighted=weighted, seed=seed)
         change_in_place(args, problem)
@@ -449,7 +452,7 @@ def test_what_is_converted_at_every_call_cannot_be_bound(device, what):
     if what == "labels":
         y = device.array(problem.y.astype(np.int32))
     run = cuda_layers.plan(spec_of(problem), 9, "float32")
-    assert run.bound(params, X, y, weight, what == "weights", None) is None
+    assert run.bound(Arguments(params, X, y, weight, what == "weights", None)) is None
 
 
 def test_graphs_of_results_that_take_turns(device):
@@ -460,12 +463,12 @@ def test_graphs_of_results_that_take_turns(device):
     for seed in range(7):
         problem = net(9, weighted=True, seed=seed)
         change_in_place(args, problem)
-        result = run(*args, True, None)
+        result = run(Arguments(*args, True, None))
         assert_right(result, problem, 1e-5, mean=True)
     assert len(run.graphs) == 2
     assert None not in run.graphs.values()
     launched = len(device.launches)
-    assert_right(run(*args, True, None), problem, 1e-5, mean=True)
+    assert_right(run(Arguments(*args, True, None)), problem, 1e-5, mean=True)
     assert len(device.launches) == launched  # all of it is in the graph
 
 
@@ -485,13 +488,13 @@ def test_other_addresses_are_launched(device):
 
     values, places = in_one_list(problem), [device.array(A) for A in in_one_list(problem)]
     for _ in range(3):
-        assert_right(run(*call(places), False, None), problem, 1e-5)
+        assert_right(run(Arguments(*call(places), False, None)), problem, 1e-5)
     for i, changed in enumerate(in_one_list(other)):
         params, X, y, weight = call([*values[:i], changed, *values[i + 1 :]])
         expected = Problem(params, X, y, problem.options | {"sample_weight": weight})
         args = call([*places[:i], device.array(changed), *places[i + 1 :]])
         launched = len(device.launches)
-        assert_right(run(*args, False, None), expected, 1e-5)
+        assert_right(run(Arguments(*args, False, None)), expected, 1e-5)
         assert len(device.launches) > launched
 
 
@@ -517,7 +520,7 @@ def test_other_kinds_of_calls_are_launched(device):
     ]
     for _ in range(4):
         for call, expected in calls:
-            assert_right(run(*call, None), expected, 1e-5, call[-1])
+            assert_right(run(Arguments(*call, None)), expected, 1e-5, call[-1])
     assert len(run.graphs) == len(calls)
     assert None not in run.graphs.values()
 
@@ -529,17 +532,17 @@ def test_few_graphs_are_kept(device):
     places = [arguments(device, problem) for _ in range(cuda_layers.MOST_GRAPHS + 1)]
     for args in places[:-1]:
         for _ in range(2):
-            run(*args, False, None)
-    run(*places[0], False, None)
+            run(Arguments(*args, False, None))
+    run(Arguments(*places[0], False, None))
     assert len(run.graphs) == cuda_layers.MOST_GRAPHS
     launched = len(device.launches)
-    run(*places[-1], False, None)
+    run(Arguments(*places[-1], False, None))
     assert len(device.launches) > launched
     assert len(run.graphs) == cuda_layers.MOST_GRAPHS
     launched = len(device.launches)
-    run(*places[0], False, None)  # was used since
+    run(Arguments(*places[0], False, None))  # was used since
     assert len(device.launches) == launched
-    assert_right(run(*places[1], False, None), problem, 1e-5)
+    assert_right(run(Arguments(*places[1], False, None)), problem, 1e-5)
     assert len(device.launches) > launched
 
 
@@ -552,7 +555,7 @@ def test_copies_of_arguments_stay_while_a_graph_reads_them(device):
     for seed in range(4):
         problem = net(9, loss="softmax_cross_entropy", weighted=True, seed=seed)
         change_in_place((params, X, y, weight), problem)
-        assert_right(run(params, X, y, weight, True, None), problem, 1e-5, mean=True)
+        assert_right(run(Arguments(params, X, y, weight, True, None)), problem, 1e-5, mean=True)
     assert len(run.graphs) < 4
     assert any(graph is not None for graph in run.graphs.values())
 
@@ -561,16 +564,16 @@ def test_a_recording_that_fails_is_ended(device, monkeypatch):
     problem = net(9)
     run = cuda_layers.plan(spec_of(problem), 9, "float32")
     args = arguments(device, problem)
-    run(*args, False, None)
+    run(Arguments(*args, False, None))
     device.lt.statuses["cublasLtMatmul"] = 13
     for _ in range(2):
         with pytest.raises(RuntimeError, match="STATUS_13"):
-            run(*args, False, None)
+            run(Arguments(*args, False, None))
         assert device.recording is None
         assert device.current == 0
     device.lt.statuses.clear()
     for _ in range(2):
-        assert_right(run(*args, False, None), problem, 1e-5)
+        assert_right(run(Arguments(*args, False, None)), problem, 1e-5)
     assert all(graph is not None for graph in run.graphs.values())
 
 
@@ -579,7 +582,7 @@ def test_a_call_that_fails_is_not_noted(device):
     run = cuda_layers.plan(spec_of(problem), 9, "float32")
     device.lt.statuses["cublasLtMatmul"] = 13
     with pytest.raises(RuntimeError, match="STATUS_13"):
-        run(*arguments(device, problem), False, None)
+        run(Arguments(*arguments(device, problem), False, None))
     assert not run.graphs
 
 
@@ -588,7 +591,7 @@ def test_a_dropped_plan_is_freed_at_once(device):
     run = cuda_layers.plan(spec_of(problem), 9, "float32")
     args = arguments(device, problem)
     for _ in range(3):
-        run(*args, True, None)
+        run(Arguments(*args, True, None))
     gone = weakref.ref(run)
     del run
     assert gone() is None
@@ -598,11 +601,11 @@ def test_a_dropped_plan_is_freed_at_once(device):
 def test_products_are_planned_once_per_shape(device):
     problem = net(CHUNK + SLAB + 7, sizes=(3, 4, 2), dtype=np.float64)
     run = cuda_layers.plan(spec_of(problem, np.float64), CHUNK + SLAB + 7, "float32")
-    run(*arguments(device, problem), False, None)
+    run(Arguments(*arguments(device, problem), False, None))
     planned = len(device.lt.heuristics)
     assert planned == 2 * (2 + 2 + 1)  # two lengths: forward, gradients, and one down
     again = cuda_layers.plan(spec_of(problem, np.float64), CHUNK + SLAB + 7, "float32")
-    again(*arguments(device, problem), False, None)
+    again(Arguments(*arguments(device, problem), False, None))
     assert len(device.lt.heuristics) == planned
 
 
@@ -621,7 +624,7 @@ def test_a_mutant_of_the_mapping_is_caught(device, monkeypatch):
     problem = net(9, dtype=np.float64)
     run = cuda_layers.plan(spec_of(problem, np.float64), 9, "float32")
     with pytest.raises((AssertionError, RuntimeError)):
-        assert_right(run(*arguments(device, problem), False, None), problem, 1e-13)
+        assert_right(run(Arguments(*arguments(device, problem), False, None)), problem, 1e-13)
     device.lt.errors.clear()
 
 
@@ -669,7 +672,7 @@ def test_passes_on_a_device(cupy, monkeypatch, precision, sizes, activation):
         monkeypatch.setattr(cuda_layer_shapes, "MOST_ROWS", most_rows)
         run, bits = cuda_layers.plan(spec, 1000, precision), set()
         for _ in range(1 if to is params else 4):
-            result = run(*args, mean, to)
+            result = run(Arguments(*args, mean, to))
             host = result[0].get(), [Layer(W.get(), b.get()) for W, b in result[1]]
             assert_right(host, problem, DEVICE_BOUNDS[precision], mean)
             bits.add(bits_of(host))
@@ -691,7 +694,7 @@ def test_a_graph_reads_what_is_there_on_a_device(cupy, weighted):
         problem = make_problem((40, 70, 3), 300, weighted=weighted, seed=seed, dtype=np.float32)
         new = problem.map(cupy.asarray)
         change_in_place((*args, weight), new)
-        kept.append((run(*args, weight, True, None), problem))
+        kept.append((run(Arguments(*args, weight, True, None)), problem))
     for (loss, grads), problem in kept:  # each in memory of its own
         host = loss.get(), [Layer(W.get(), b.get()) for W, b in grads]
         assert_right(host, problem, 1e-5, mean=True)
@@ -705,5 +708,5 @@ def test_nan_reaches_the_loss_on_a_device(cupy):
     placed = problem.map(cupy.asarray)
     run = cuda_layers.plan(spec_of(problem)._replace(xp=cupy), 300, "tf32")
     params = [Layer(*layer) for layer in placed.params]
-    loss, _ = run(params, placed.X, placed.y, None, True, None)
+    loss, _ = run(Arguments(params, placed.X, placed.y, None, True, None))
     assert np.isnan(loss.get())

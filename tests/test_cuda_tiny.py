@@ -12,6 +12,7 @@ from oracles import assert_close, assert_grads_close, make_problem
 from mlp_backprop import backprop
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.engines import cuda_build, cuda_tiny
+from mlp_backprop.engines.cuda_arrays import Arguments
 from mlp_backprop.gradients import LossAndGrads
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.types import Layer, flat
@@ -99,7 +100,7 @@ def plan(problem, n=3000):
 def run_on(run, problem, mean=False, out=None):
     params, X, y, options = problem.map(on_device)
     params = [Layer(W, b) for W, b in params]
-    return LossAndGrads(*run(params, X, y, options["sample_weight"], mean, out))
+    return LossAndGrads(*run(Arguments(params, X, y, options["sample_weight"], mean, out)))
 
 
 def derivation(problem, dtype=np.float64, mean=False):

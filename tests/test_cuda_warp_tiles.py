@@ -16,6 +16,7 @@ from oracles import assert_close, make_problem
 from mlp_backprop import backprop, namespaces
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.engines import cuda_build, cuda_warp_tiles
+from mlp_backprop.engines.cuda_arrays import Arguments
 from mlp_backprop.engines.cuda_warp_tiles import GEOMETRIES, LIMITS, OPERANDS
 from mlp_backprop.gradients import LossAndGrads
 from mlp_backprop.losses import LOSSES
@@ -121,7 +122,7 @@ def plan(problem, precision, n=300):
 def run_on(run, problem, mean=False, out=None):
     params, X, y, options = problem.map(on_device)
     params = [Layer(W, b) for W, b in params]
-    results = LossAndGrads(*run(params, X, y, options["sample_weight"], mean, out))
+    results = LossAndGrads(*run(Arguments(params, X, y, options["sample_weight"], mean, out)))
     assert run.not_finite == 0  # ready for the next call
     return results
 
@@ -524,7 +525,8 @@ def test_on_a_device(sizes, activations, loss, weighted, precision):
                 cupy.asnumpy(loss), [Layer(cupy.asnumpy(W), cupy.asnumpy(b)) for W, b in grads]
             )
             for loss, grads in (
-                run(layers, X, y, options["sample_weight"], False, None) for _ in range(2)
+                run(Arguments(layers, X, y, options["sample_weight"], False, None))
+                for _ in range(2)
             )
         )
         assert_same_bits(first, again)

@@ -14,6 +14,7 @@ from oracles import assert_grads_close, make_problem
 from mlp_backprop import backprop, validation
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.engines import cupy_engine
+from mlp_backprop.engines.cuda_arrays import Arguments
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.types import Layer, flat
 
@@ -123,13 +124,13 @@ class Tier:
         weakref.finalize(workspace, self._gone)
         derivation = cupy_engine.derivation(spec, n)
 
-        def run(params, X, y, weight, mean, out):
+        def run(arguments):
             self.calls.append((len(workspace), self.card.current[-1]))
             if self.fails:
                 self.fails -= 1
                 raise OutOfMemoryError("out of memory")
-            assert out is None or all(A.flags.c_contiguous for A in flat(out))
-            return derivation(params, X, y, weight, mean, out)
+            assert all(A.flags.c_contiguous for A in flat(arguments.out or []))
+            return derivation(arguments)
 
         return run
 
@@ -179,15 +180,15 @@ def test_the_derivation_takes_so_many_rows_at_a_time(n, weighted):
     options = problem.options | {"reduction": "sum", "backend": None}
     spec, *arrays = validation.problem(problem.params, problem.X, problem.y, **options)
     run = cupy_engine.derivation(spec, n)
-    assert_right(run(*arrays, False, None), problem)
-    assert_right(run(*arrays, True, None), problem, "mean")
+    assert_right(run(Arguments(*arrays, False, None)), problem)
+    assert_right(run(Arguments(*arrays, True, None)), problem, "mean")
 
 
 def test_the_derivation_of_no_rows():
     problem = make_problem(sizes=(3, 4, 2), n=0)
     options = problem.options | {"reduction": "sum", "backend": None}
     spec, *arrays = validation.problem(problem.params, problem.X, problem.y, **options)
-    loss, grads = cupy_engine.derivation(spec, 0)(*arrays, False, None)
+    loss, grads = cupy_engine.derivation(spec, 0)(Arguments(*arrays, False, None))
     assert not any(A.any() for A in (loss, *flat(grads)))
 
 
@@ -203,7 +204,7 @@ def test_the_derivation_marks_labels_out_of_range(dtype, outside):
     y = (y % 100).astype(dtype)
 
     def loss_of(y):
-        return run(params, X, y, None, False, None)[0]
+        return run(Arguments(params, X, y, None, False, None))[0]
 
     right = loss_of(y)
     assert right == backprop.plan(spec)(params, X, y, None).loss
@@ -325,12 +326,12 @@ class BoundRun:
     def __init__(self, tier, run):
         self.tier, self.run = tier, run
 
-    def __call__(self, *arguments):
-        return self.run(*arguments)
+    def __call__(self, arguments):
+        return self.run(arguments)
 
-    def bound(self, *arguments):
+    def bound(self, arguments):
         self.tier.n_bound += 1
-        return None if self.tier.refuses else lambda: self.run(*arguments)
+        return None if self.tier.refuses else lambda: self.run(arguments)
 
 
 FLOAT32 = make_problem(sizes=(3, 4, 2), n=8, weighted=True, dtype=np.float32)

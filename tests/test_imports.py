@@ -50,7 +50,10 @@ IMPORTS = {
         "cupy numpy",
     ),
     "engines.cuda_layer_shapes": ("backprop engines.cublaslt engines.cuda_tiny", "numpy"),
-    "engines.cuda_layer_calls": ("engines.cublaslt engines.cuda_layer_shapes types", "cupy"),
+    "engines.cuda_layer_calls": (
+        "engines.cublaslt engines.cuda_arrays engines.cuda_layer_shapes types",
+        "cupy",
+    ),
     "engines.cuda_layers": (
         "backprop engines.cublaslt engines.cuda_arrays engines.cuda_build "
         "engines.cuda_layer_calls engines.cuda_layer_shapes types",

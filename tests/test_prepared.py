@@ -7,6 +7,7 @@ from oracles import LOSSES, make_problem
 
 from mlp_backprop import Layer, compute_grads, namespaces, prepare_grads
 from mlp_backprop.engines import cupy_engine
+from mlp_backprop.engines.cuda_arrays import Arguments
 from mlp_backprop.types import flat
 
 
@@ -446,7 +447,7 @@ def test_on_cupy_values_are_not_looked_at(monkeypatch, container, weighted):
 
     def plan(spec, n, *_):
         run = cupy_engine.derivation(spec, n)
-        return lambda *arrays: run(*arrays[:4], arrays[4] == "mean", arrays[5])
+        return lambda *arrays: run(Arguments(*arrays[:4], arrays[4] == "mean", arrays[5]))
 
     monkeypatch.setattr(namespaces, "plan", plan)
     grad_fn = prepare(problem, precision="float32")

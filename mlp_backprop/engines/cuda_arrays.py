@@ -3,13 +3,29 @@
 import math
 from functools import lru_cache
 from itertools import accumulate, chain, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlp_backprop.types import Array, Layer
+from mlp_backprop.types import Array, Layer, flat
 
 LossAndGrads = tuple[Array, list[Layer]]
+
+
+class Arguments(NamedTuple):
+    """What every tier's run is given, for loss and gradients in new arrays or in those of `out`.
+
+    They are summed over the rows of X, and for a mean divided by the sum of the weights. `out`
+    holds C-contiguous arrays.
+    """
+
+    params: list[Layer]
+    X: Array
+    y: Array
+    weight: Array | None
+    mean: bool
+    out: list[Layer] | None
+
 
 # Types of y, as they are called in C; labels of other types are cast to int64.
 TARGETS = {
@@ -35,6 +51,18 @@ def readable(A: Array, alignment: int = 4) -> Array:
     """A, or a copy: C-contiguous, at a multiple of so many bytes."""
     is_readable = A.flags.c_contiguous and A.data.ptr % alignment == 0
     return A if is_readable else A.copy(order="C")
+
+
+def readable_inputs(
+    arguments: Arguments, X_vectors: int, y_vectors: int = 4
+) -> tuple[list[Array], Array, Array, Any]:
+    """Parameters, X, y and weights as the kernels of narrow nets read them, copied if need be."""
+    params, X, y, weight = arguments[:4]
+    if y.dtype not in TARGETS:
+        y = y.astype(np.int64)
+    own = [readable(A) for A in flat(params)]
+    data = readable(X, X_vectors), readable(y, y_vectors if y.ndim == 2 else 4)
+    return own, *data, NULL if weight is None else readable(weight)
 
 
 def pointers_to(arrays: list[Array]) -> Any:

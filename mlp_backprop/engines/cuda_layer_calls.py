@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from mlp_backprop.engines import cublaslt
+from mlp_backprop.engines.cuda_arrays import Arguments
 from mlp_backprop.engines.cuda_layer_shapes import ITEM_BYTES, Arithmetic, Shapes
 from mlp_backprop.types import Array, Layer, flat
 
@@ -25,10 +26,9 @@ class Inputs(NamedTuple):
         return [*flat(self.params), *(array for array in data if array is not None)]
 
 
-def make_inputs(
-    real: str, params: list[Layer], X: Array, y: Array, weight: Array | None, mean: bool
-) -> Inputs:
+def make_inputs(real: str, arguments: Arguments) -> Inputs:
     """Copies are made only of what does not lie as it should."""
+    params, X, y, weight, mean, _ = arguments
     if weight is not None:
         weight = _plain(_summing_to_one(weight, real) if mean else weight, real)
     return Inputs(
@@ -104,12 +104,13 @@ class Call(NamedTuple):
     sums: int  # dE/db_l and the loss
 
 
-def make_call(inputs: Inputs, results: Results, divisor: int) -> Call:
-    """The addresses of these arrays."""
+def make_call(inputs: Inputs, results: Results, mean: bool) -> Call:
+    """The addresses of these arrays. Weights, where there are any, have been divided already."""
     params, *data = inputs
+    n = inputs.X.shape[0]
     return Call(
-        n=inputs.X.shape[0],
-        divisor=divisor,
+        n=n,
+        divisor=n if mean and inputs.weight is None else 1,
         W=tuple([W.data.ptr for W, _ in params]),
         b=tuple([b.data.ptr for _, b in params]),
         data=tuple([0 if array is None else array.data.ptr for array in data]),

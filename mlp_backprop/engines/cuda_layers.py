@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from mlp_backprop.backprop import Spec
 from mlp_backprop.engines import cublaslt, cuda_build
 from mlp_backprop.engines.cublaslt import Matrix, Product
-from mlp_backprop.engines.cuda_arrays import LossAndGrads
+from mlp_backprop.engines.cuda_arrays import Arguments, LossAndGrads
 from mlp_backprop.engines.cuda_build import Specialisation
 from mlp_backprop.engines.cuda_layer_calls import (
     Call,
@@ -199,28 +199,16 @@ class LayerPass:
             self.steps[rows] = layer_steps(self.shapes, self.types, rows, self.device)
         return self.steps[rows]
 
-    def __call__(
-        self,
-        params: list[Layer],
-        X: Array,
-        y: Array,
-        weight: Array | None,
-        mean: bool,
-        out: list[Layer] | None,
-    ) -> LossAndGrads:
-        """Loss and gradients: sums over the rows of X, for a mean over the sum of the weights.
-
-        They are new arrays; the gradients are written to `out` if it is given, whose arrays are
-        C-contiguous and may be among those that are read.
-        """
-        n, real = X.shape[0], self.types.real
-        inputs = make_inputs(real, params, X, y, weight, mean)
+    def __call__(self, arguments: Arguments) -> LossAndGrads:
+        """The seam of the CuPy engine's tiers; arrays of `out` may be among those that are read."""
+        n, real, out = arguments.X.shape[0], self.types.real, arguments.out
+        inputs = make_inputs(real, arguments)
         at_once = out is not None and n > 0 and takes_products(out, inputs)
         results = Results(self.shapes, real, out if at_once else None)
         if n == 0:
             results.array.data.memset_async(0, results.array.nbytes)
         else:
-            self._run(make_call(inputs, results, divisor=n if mean and weight is None else 1))
+            self._run(make_call(inputs, results, arguments.mean))
         if out is None:
             return results.loss, results.grads
         for grad, target in zip(flat(results.grads), flat(out), strict=True):
@@ -228,23 +216,15 @@ class LayerPass:
                 target.data.copy_from_device_async(grad.data, grad.nbytes)
         return results.loss, [Layer(W, b) for W, b in out]
 
-    def bound(
-        self,
-        params: list[Layer],
-        X: Array,
-        y: Array,
-        weight: Array | None,
-        mean: bool,
-        out: list[Layer] | None,
-    ) -> Callable[[], LossAndGrads] | None:
+    def bound(self, arguments: Arguments) -> Callable[[], LossAndGrads] | None:
         """The launches of a pass, to be done again and again; None where inputs are converted."""
-        n, real = X.shape[0], self.types.real
-        inputs = make_inputs(real, params, X, y, weight, mean)
+        params, X, y, weight, mean, _ = arguments
+        inputs = make_inputs(self.types.real, arguments)
         given = {id(A) for A in (*flat(params), X, y, weight)}
-        if n == 0 or not all(id(A) in given for A in inputs.arrays()):
+        if X.shape[0] == 0 or not all(id(A) in given for A in inputs.arrays()):
             return None
-        results = Results(self.shapes, real, None)
-        call = make_call(inputs, results, divisor=n if mean and weight is None else 1)
+        results = Results(self.shapes, self.types.real, None)
+        call = make_call(inputs, results, mean)
 
         def launch() -> LossAndGrads:
             self._run(call)

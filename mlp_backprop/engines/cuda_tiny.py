@@ -19,15 +19,16 @@ from mlp_backprop.engines import cuda_build
 from mlp_backprop.engines.cuda_arrays import (
     NULL,
     TARGETS,
+    Arguments,
     LossAndGrads,
     Results,
     n_params,
     pointers_to,
-    readable,
+    readable_inputs,
     vector_bytes,
 )
 from mlp_backprop.engines.cuda_build import Specialisation
-from mlp_backprop.types import Array, DType, Layer, flat
+from mlp_backprop.types import DType, flat
 
 WARP = 32
 BLOCK = 128
@@ -113,42 +114,22 @@ class Pass:
         self.partials = cupy.empty((n_blocks(n, self.n_resident), row), np.float32)
         self.ticket = cupy.zeros(1, np.uint32)
 
-    def __call__(
-        self,
-        params: list[Layer],
-        X: Array,
-        y: Array,
-        weight: Array | None,
-        mean: bool,
-        out: list[Layer] | None,
-    ) -> LossAndGrads:
+    def __call__(self, arguments: Arguments) -> LossAndGrads:
         """The seam of the CuPy engine's tiers."""
-        return self.bound(params, X, y, weight, mean, out)()
+        return self.bound(arguments)()
 
-    def bound(
-        self,
-        params: list[Layer],
-        X: Array,
-        y: Array,
-        weight: Array | None,
-        mean: bool,
-        out: list[Layer] | None,
-    ) -> Callable[[], LossAndGrads]:
+    def bound(self, arguments: Arguments) -> Callable[[], LossAndGrads]:
         """The launch of a pass, to be done again and again; what is not readable is copied now."""
-        if y.dtype not in TARGETS:
-            y = y.astype(np.int64)
-        X, y = readable(X, self.X_vectors), readable(y, self.y_vectors if y.ndim == 2 else 4)
-        own = [readable(A) for A in flat(params)]
-        weight = NULL if weight is None else readable(weight)
-        loss, grads = self.results(out)
+        own, X, y, weight = readable_inputs(arguments, self.X_vectors, self.y_vectors)
+        loss, grads = self.results(arguments.out)
         kernel, n = self.kernel(y.dtype, weight is not NULL), X.shape[0]
         results = pointers_to([*flat(grads), loss])
-        data = X, y, weight, n
-        arguments = (pointers_to(own), *data, int(mean), self.partials, self.ticket, results)
+        data = X, y, weight, n, int(arguments.mean)
+        inputs_and_outputs = (pointers_to(own), *data, self.partials, self.ticket, results)
         grid = min(n_blocks(n, self.n_resident), len(self.partials))
 
         def launch() -> LossAndGrads:
-            kernel((grid,), (BLOCK,), arguments)
+            kernel((grid,), (BLOCK,), inputs_and_outputs)
             return loss, grads
 
         return launch

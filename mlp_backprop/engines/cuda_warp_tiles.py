@@ -28,17 +28,17 @@ import numpy as np
 from mlp_backprop.backprop import Spec
 from mlp_backprop.engines import cuda_build
 from mlp_backprop.engines.cuda_arrays import (
-    NULL,
     TARGETS,
+    Arguments,
     LossAndGrads,
     Results,
     n_params,
     pointers_to,
-    readable,
+    readable_inputs,
     vector_bytes,
 )
 from mlp_backprop.engines.cuda_build import Specialisation
-from mlp_backprop.types import Array, DType, Layer, flat
+from mlp_backprop.types import DType, flat
 
 WIDEST = 128
 MOST_TILES = 1024  # of a block
@@ -234,45 +234,25 @@ class Pass:
         self.rows = cupy.empty((self.n_blocks(n), self.n_sums), np.float32)
         self.not_finite = cupy.zeros(1, np.uint32)
 
-    def __call__(
-        self,
-        params: list[Layer],
-        X: Array,
-        y: Array,
-        weight: Array | None,
-        mean: bool,
-        out: list[Layer] | None,
-    ) -> LossAndGrads:
+    def __call__(self, arguments: Arguments) -> LossAndGrads:
         """The seam of the CuPy engine's tiers."""
-        return self.bound(params, X, y, weight, mean, out)()
+        return self.bound(arguments)()
 
-    def bound(
-        self,
-        params: list[Layer],
-        X: Array,
-        y: Array,
-        weight: Array | None,
-        mean: bool,
-        out: list[Layer] | None,
-    ) -> Callable[[], LossAndGrads]:
+    def bound(self, arguments: Arguments) -> Callable[[], LossAndGrads]:
         """The launches of a pass, to be done again and again, as in cuda_tiny.py."""
-        if y.dtype not in TARGETS:
-            y = y.astype(np.int64)
-        X, y = readable(X, vector_bytes(X.shape[1])), readable(y)
-        own = [readable(A) for A in flat(params)]
-        weight = NULL if weight is None else readable(weight)
-        loss, grads = self.results(out)
+        own, X, y, weight = readable_inputs(arguments, vector_bytes(self.spec.sizes[0]))
+        loss, grads = self.results(arguments.out)
         warp_tiles, exact_rows, add_rows = self.compiled(y.dtype)
         n, block = X.shape[0], 32 * self.geometry.WARPS
         grid = min(self.n_blocks(n), len(self.rows))
-        arguments = X, y, weight, n, pointers_to(own), self.rows, self.not_finite
+        data = X, y, weight, n, pointers_to(own), self.rows, self.not_finite
         results = pointers_to([*flat(grads), loss])
-        sums = self.rows, grid, int(mean), results, self.not_finite
+        sums = self.rows, grid, int(arguments.mean), results, self.not_finite
         n_columns, exact_shared = math.ceil(self.n_sums / 32), exact_bytes(self.spec)
 
         def launch() -> LossAndGrads:
-            warp_tiles((grid,), (block,), arguments, shared_mem=self.shared_bytes)
-            exact_rows((grid,), (256,), arguments, shared_mem=exact_shared)
+            warp_tiles((grid,), (block,), data, shared_mem=self.shared_bytes)
+            exact_rows((grid,), (256,), data, shared_mem=exact_shared)
             add_rows((n_columns,), (256,), sums)
             return loss, grads
 

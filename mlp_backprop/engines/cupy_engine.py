@@ -19,16 +19,15 @@ from mlp_backprop import backprop
 from mlp_backprop.backprop import Spec, Sums
 from mlp_backprop.blocks import added_losses, part
 from mlp_backprop.engines import cuda_layers, cuda_tiny, cuda_warp_tiles
-from mlp_backprop.engines.cuda_arrays import TARGETS, LossAndGrads
+from mlp_backprop.engines.cuda_arrays import TARGETS, Arguments, LossAndGrads
 from mlp_backprop.types import Array, Layer, flat
 
 TIERS: tuple[Any, ...] = (cuda_tiny, cuda_warp_tiles, cuda_layers)
 
 MOST_PLANS = 8  # that are kept: streams may come and go
 
-# run(params, X, y, weight, mean, out): summed over the rows of X, or divided by the sum of the
-# weights, in new arrays; the gradients in those of `out`, C-contiguous, if it is not None.
-TierRun = Callable[..., LossAndGrads]
+# Some have a method `bound` as well: for the same arguments, the launches alone.
+TierRun = Callable[[Arguments], LossAndGrads]
 
 
 def plan(spec: Spec, n: int, precision: str) -> "Pass":
@@ -49,14 +48,8 @@ def derivation(spec: Spec, n: int) -> TierRun:
     """
     sums_of, xp = backprop.plan(spec), spec.xp
 
-    def run(
-        params: list[Layer],
-        X: Array,
-        y: Array,
-        weight: Array | None,
-        mean: bool,
-        out: list[Layer] | None,
-    ) -> LossAndGrads:
+    def run(arguments: Arguments) -> LossAndGrads:
+        params, X, y, weight, mean, out = arguments
         # A prepared call hands on plain pairs, which is all that the kernels need.
         layers = [Layer(W, b) for W, b in params]
         step = max(1, n)
@@ -97,13 +90,13 @@ class Pass:
         out: list[Layer] | None = None,
     ) -> LossAndGrads:
         """Loss and gradients; short of memory, over half as many rows at a time."""
-        arrays = params, X, y, weight, reduction == "mean"
+        arguments = Arguments(params, X, y, weight, reduction == "mean", out)
         targets = [] if out is None else flat(out)
         _check_one_device([*_flat(params, X, y, weight), *targets])
         with X.device:
             if out is None or all(A.flags.c_contiguous for A in targets):
-                return self._run(*arrays, out)
-            loss, grads = self._run(*arrays, None)
+                return self._run(arguments)
+            loss, grads = self._run(arguments._replace(out=None))
             return loss, _copied(grads, out)
 
     def bound(
@@ -120,7 +113,7 @@ class Pass:
         bound, launch = getattr(self.runs[here], "bound", None), None
         takes_y = y.ndim == 2 or y.dtype in TARGETS
         if bound is not None and takes_y and all(map(_is_plain, _flat(params, X, y, weight))):
-            launch = bound(*arrays[:-1], reduction == "mean", out)
+            launch = bound(Arguments(params, X, y, weight, reduction == "mean", out))
         if launch is None:
             return partial(self, *arrays, out)
 
@@ -130,20 +123,20 @@ class Pass:
 
         return call
 
-    def _run(self, params: list[Layer], X: Array, *rest: Any) -> LossAndGrads:
+    def _run(self, arguments: Arguments) -> LossAndGrads:
         import cupy
 
         try:
-            return self._planned()(params, X, *rest)
+            return self._planned()(arguments)
         except cupy.cuda.memory.OutOfMemoryError:
             pass  # only when the error is gone are the arrays of its frames
         self.runs.clear()
         cupy.get_default_memory_pool().free_all_blocks()
         self.rows = -(-self.rows // 2)
         try:
-            return self._planned()(params, X, *rest)
+            return self._planned()(arguments)
         except cupy.cuda.memory.OutOfMemoryError as error:
-            raise self._too_large(X) from error
+            raise self._too_large(arguments.X) from error
 
     def _planned(self) -> TierRun:
         here = _here()
