@@ -30,6 +30,41 @@ def test_rows_are_aligned_to_the_vectors_they_are_read_in(n_in):
     assert is_copied(rows.copy(order="F")) == (n_in > 1)
 
 
+def placed(values, shift=0):
+    """On the device, `shift` numbers after a multiple of 64 bytes."""
+    memory = on_device(np.zeros(values.size + 32 + shift, values.dtype))
+    start = -memory.ctypes.data % 64 // values.itemsize + shift
+    array = memory[start : start + values.size].reshape(values.shape)
+    array[...] = values
+    return array
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_inputs_are_copied_only_where_kernels_cannot_read_them(shift):
+    rng = np.random.default_rng(0)
+    X, y, W, b, weight = (
+        placed(rng.random(shape, np.float32), shift) for shape in ((6, 2), (6, 4), (4, 2), 4, 6)
+    )
+    arguments = cuda_arrays.Arguments([Layer(W, b)], X, y, weight, mean=True, out=None)
+    own, *data = cuda_arrays.readable_inputs(arguments, X_vectors=8, y_vectors=16)
+    for got, given, is_copied in zip(
+        [*own, *data], (W, b, X, y, weight), (0, 0, 1, 1, 0), strict=True
+    ):
+        np.testing.assert_array_equal(got, given)
+        assert (got is not given) == bool(shift and is_copied)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64])
+def test_labels_need_no_vectors_and_some_a_cast(dtype):
+    X, labels = placed(np.zeros((6, 2), np.float32)), placed(np.arange(6).astype(dtype), shift=1)
+    arguments = cuda_arrays.Arguments([], X, labels, None, mean=True, out=None)
+    _, _, y, weight = cuda_arrays.readable_inputs(arguments, X_vectors=8, y_vectors=16)
+    np.testing.assert_array_equal(y, labels)
+    assert (y is labels) == (dtype != np.int8)
+    assert y.dtype == (np.int32 if dtype == np.int32 else np.int64)
+    assert weight is cuda_arrays.NULL
+
+
 def test_a_struct_of_pointers():
     arrays = [on_device(np.zeros(k + 1)) for k in range(4)]
     struct = cuda_arrays.pointers_to(arrays)
