@@ -44,7 +44,7 @@ def prepare_grads(
         the answers of `compute_grads`, for 0 to n rows and any parameters of these shapes. It
         keeps its workspace, so one thread at a time may call it; prepare one for each thread.
 
-        Its `bind(params, X, y)` is quicker still, where the arrays are the same every time.
+        Its `bind(params, X, y)` spares the checks where the arrays are the same every time.
 
         The results are fresh arrays, the caller's to keep. With `out`, a list of (W, b) to write
         to, the gradients are written there and `out` is returned in their place.
@@ -93,7 +93,7 @@ class PreparedGrads:
     def bind(
         self, params: Params, X: Array, y: Array, sample_weight: Array | None = None
     ) -> Callable[[], LossAndGrads]:
-        """Prepare for the same arrays again and again: the quickest call there is.
+        """Prepare for the same arrays again and again, to be changed in place.
 
         Parameters
         ----------
