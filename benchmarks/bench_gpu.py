@@ -23,21 +23,24 @@ import numpy as np
 from gpu_contenders import COMPILED, OURS, QUICK, TORCH, contenders
 from gpu_floors import Limits, floor, measured_limits, work
 
-from mlp_backprop import backprop, bench, bench_results, validation
-from mlp_backprop.bench_contenders import Answer, Contender, Ready, Task
+from mlp_backprop import backprop
+from mlp_backprop.bench import grid
+from mlp_backprop.bench import results as bench_results
+from mlp_backprop.bench.contenders import Answer, Contender, Ready, Task
+from mlp_backprop.edge import validation
 from mlp_backprop.types import Layer, flat
 
 SECONDS = 440.0  # of all, under eight minutes; a torch.compile begun late may take some more
-EFFORT = bench.Effort(min_rounds=5, max_rounds=50, seconds=0.4)
+EFFORT = grid.Effort(min_rounds=5, max_rounds=50, seconds=0.4)
 
 NETS = {
     net.name: net
     for net in (
-        bench.Problem((2, 10, 5, 1), "sigmoid", "squared_error"),
-        bench.Problem((64, 64, 64, 1), "tanh", "squared_error"),
-        bench.Problem((784, 128, 64, 10), "relu", "softmax_cross_entropy"),
-        bench.Problem((784, 1024, 1024, 10), "relu", "softmax_cross_entropy"),
-        bench.Problem((4096,) * 5, "relu", "squared_error"),
+        grid.Problem((2, 10, 5, 1), "sigmoid", "squared_error"),
+        grid.Problem((64, 64, 64, 1), "tanh", "squared_error"),
+        grid.Problem((784, 128, 64, 10), "relu", "softmax_cross_entropy"),
+        grid.Problem((784, 1024, 1024, 10), "relu", "softmax_cross_entropy"),
+        grid.Problem((4096,) * 5, "relu", "squared_error"),
     )
 }
 
@@ -53,7 +56,7 @@ Builders = Mapping[str, Callable[..., Ready]]
 class Cell(NamedTuple):
     """A net with n rows, in a precision; the arrays are float32."""
 
-    problem: bench.Problem
+    problem: grid.Problem
     n: int
     precision: str
 
@@ -135,7 +138,7 @@ class DeviceClock:
 
 def make_task(cell: Cell, place: Callable[[np.ndarray], Any]) -> Task:
     """bench's task in float32, all outputs with the same target, put where `place` puts arrays."""
-    task = bench.make_task(bench.Cell(cell.problem, cell.n, "float32"))
+    task = grid.make_task(grid.Cell(cell.problem, cell.n, "float32"))
     y = task.y if task.y.ndim == 1 else np.repeat(task.y, cell.problem.sizes[-1], axis=1)
     params = [Layer(place(W), place(b)) for W, b in task.params]
     return task._replace(params=params, X=place(task.X), y=place(y))
@@ -186,8 +189,8 @@ def measure(
             record["skipped"][row.name] = "the time was up"
             continue
         try:
-            ready, facts = bench.prepare(row, task, expected, tolerance(cell))
-            times = bench.interleave({row.name: ready}, EFFORT, clock)[row.name]
+            ready, facts = grid.prepare(row, task, expected, tolerance(cell))
+            times = grid.interleave({row.name: ready}, EFFORT, clock)[row.name]
             low, middle, high = (float(q) for q in np.percentile(times, [25, 50, 75]))
             record["timings"][row.name] = {**facts, "median": middle, "quartiles": [low, high]}
         except Exception as reason:  # the trouble of one contender is not that of the others

@@ -1,4 +1,4 @@
-"""The grid of mlp_backprop.bench as pytest-benchmark sees it: a group per cell.
+"""The grid of mlp_backprop.bench.grid as pytest-benchmark sees it: a group per cell.
 
     pytest benchmarks/bench_gradients.py --benchmark-only -k "2-10-5-1-n1024 and float32"
 
@@ -10,8 +10,9 @@ from functools import cache, lru_cache
 
 import pytest
 
-from mlp_backprop import bench, bench_results
-from mlp_backprop.bench_contenders import CONTENDERS
+from mlp_backprop.bench import grid
+from mlp_backprop.bench import results as bench_results
+from mlp_backprop.bench.contenders import CONTENDERS
 
 surroundings = cache(bench_results.surroundings)
 
@@ -23,21 +24,21 @@ def name(cell):
 
 @lru_cache(maxsize=1)
 def task_and_reference(cell):
-    task = bench.make_task(cell)
-    return task, bench.reference(task)
+    task = grid.make_task(cell)
+    return task, grid.reference(task)
 
 
 @pytest.mark.filterwarnings("default")  # those of the contenders are not ours to judge
 @pytest.mark.parametrize("contender", CONTENDERS.values(), ids=CONTENDERS)
-@pytest.mark.parametrize("cell", bench.cells("default"), ids=name)
+@pytest.mark.parametrize("cell", grid.cells("default"), ids=name)
 def test_gradients(benchmark, cell, contender):
     task, expected = task_and_reference(cell)
     try:
-        ready, facts = bench.prepare(contender, task, expected, bench.tolerance(cell))
+        ready, facts = grid.prepare(contender, task, expected, grid.tolerance(cell))
     except (ImportError, ValueError) as reason:
         pytest.skip(str(reason))
     benchmark.group = str(cell)
     benchmark.extra_info.update(facts, **surroundings())
-    bench.settle()
+    grid.settle()
     with ready.around():
         benchmark(ready.call)

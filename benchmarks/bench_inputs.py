@@ -16,8 +16,8 @@ import compare
 import numpy as np
 
 from mlp_backprop import init_params
-from mlp_backprop.inputs import jacobian, laplacian
-from mlp_backprop.residuals import residual_grads
+from mlp_backprop.derivatives.inputs import jacobian, laplacian
+from mlp_backprop.derivatives.residuals import residual_grads
 from mlp_backprop.types import Array, Layer
 
 NETS = {"3-64-64-1": (3, 64, 64, 1), "2-20-20-20-3": (2, 20, 20, 20, 3)}

@@ -21,9 +21,14 @@ from typing import Any
 import compare
 import numpy as np
 
-from mlp_backprop import bench, bench_memory
-from mlp_backprop.bench_contenders import Task
-from mlp_backprop.per_sample import clipped_grads, per_sample_grad_norms, per_sample_grads
+from mlp_backprop.bench import grid
+from mlp_backprop.bench import memory as bench_memory
+from mlp_backprop.bench.contenders import Task
+from mlp_backprop.derivatives.per_sample import (
+    clipped_grads,
+    per_sample_grad_norms,
+    per_sample_grads,
+)
 from mlp_backprop.types import Layer
 
 NETS = {"2-10-5-1": 1024, "64-64-64-1": 1000, "784-128-64-10": 128}
@@ -36,7 +41,7 @@ def cases(quick: bool) -> Iterator[compare.Case]:
     for kind in KINDS:
         for net, n in NETS.items():
             for dtype in ("float32",) if quick else ("float32", "float64"):
-                task = bench.make_task(bench.Cell(bench.PROBLEMS[net], n, dtype))
+                task = grid.make_task(grid.Cell(grid.PROBLEMS[net], n, dtype))
                 yield make_case(kind, f"{kind}, {net}, n = {n:_}", task)
 
 
@@ -66,7 +71,7 @@ def formed(task: Task) -> list[np.ndarray]:
     y = task.y if task.y.ndim == 1 else task.y.astype(float)
     task = task._replace(params=params, X=task.X.astype(float), y=y)
     rows = [
-        bench.reference(task._replace(X=task.X[i : i + 1], y=task.y[i : i + 1])).grads
+        grid.reference(task._replace(X=task.X[i : i + 1], y=task.y[i : i + 1])).grads
         for i in range(len(task.X))
     ]
     return [np.stack(parts) for parts in zip(*rows, strict=True)]
@@ -205,7 +210,7 @@ def peaks(quick: bool) -> list[dict[str, Any]]:
     records = []
     for net, n in PEAK_ROWS.items():
         n = min(n, 10_000) if quick else n
-        sizes = bench.PROBLEMS[net].sizes
+        sizes = grid.PROBLEMS[net].sizes
         record = {"net": net, "n": n}
         record["gradients, MB"] = 4e-6 * n * sum((a + 1) * b for a, b in pairwise(sizes))
         for kind in ("norms", "clipped"):
@@ -229,7 +234,7 @@ def peak_of(kind: str, net: str, n: int) -> float | None:
 
 def own_peak(kind: str, net: str, n: int) -> int | None:
     """The same in this process, in float32."""
-    task = bench.make_task(bench.Cell(bench.PROBLEMS[net], n, "float32"))
+    task = grid.make_task(grid.Cell(grid.PROBLEMS[net], n, "float32"))
     ours(kind, task._replace(X=task.X[:1], y=task.y[:1]), 1.0)()  # what is loaded once
     return bench_memory.peak_above(ours(kind, task, 1.0))
 

@@ -16,12 +16,14 @@ from typing import Any
 import compare
 import numpy as np
 
-from mlp_backprop import bench, tangents, validation
-from mlp_backprop.bench_contenders import Task
-from mlp_backprop.curvature import hessian
-from mlp_backprop.products import hvp
+from mlp_backprop.bench import grid
+from mlp_backprop.bench.contenders import Task
+from mlp_backprop.derivatives.curvature import hessian
+from mlp_backprop.derivatives.products import hvp
+from mlp_backprop.edge import validation
+from mlp_backprop.maths import tangents
+from mlp_backprop.nets.vectors import n_params, ravel_params, unravel_params
 from mlp_backprop.types import Layer, flat
-from mlp_backprop.vectors import n_params, ravel_params, unravel_params
 
 NETS = {"2-10-5-1": 1024, "64-64-64-1": 1024}
 WHOLE = ("2-10-5-1",)  # the nets whose Hessian is formed
@@ -33,7 +35,7 @@ def cases(quick: bool) -> Iterator[compare.Case]:
     """The product on every net in both dtypes, the Hessian on the small one."""
     for net, n in NETS.items():
         for dtype in ("float32",) if quick else ("float32", "float64"):
-            task = bench.make_task(bench.Cell(bench.PROBLEMS[net], n, dtype))
+            task = grid.make_task(grid.Cell(grid.PROBLEMS[net], n, dtype))
             yield product_case(f"hvp, {net}, n = {n:_}", task)
             if net in WHOLE:
                 yield hessian_case(f"hessian, {net}, n = {n:_}", task)
@@ -111,7 +113,7 @@ def torch_loss(task: Task) -> Callable[[list[Any]], Any]:
     import torch.nn.functional as F
     from torch import from_numpy
 
-    from mlp_backprop import torch_reference
+    from mlp_backprop.checks import torch_reference
 
     X, y = from_numpy(task.X), from_numpy(task.y)
 

@@ -3,11 +3,11 @@
     python benchmarks/bench_per_sample.py [--quick] [--json FILE]
     python benchmarks/compare.py FILE PAGE
 
-The second writes the tables of a page in docs/, between its markers, as report.py does.
+The second writes the tables of a page in docs/, between its markers, as programs/screens.py does.
 
 A case is a derivative of a net; its contenders answer first, are compared with the expected
 answer in float64, and those that are right are timed by the interleaved timer of
-mlp_backprop.bench. Ratios are medians of the contenders over the median of ours.
+mlp_backprop.bench.grid. Ratios are medians of the contenders over the median of ours.
 """
 
 import argparse
@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from report import MARKED
 
-from mlp_backprop import bench, bench_results
-from mlp_backprop.bench_contenders import Ready
+from mlp_backprop.bench import grid
+from mlp_backprop.bench import results as bench_results
+from mlp_backprop.bench.contenders import Ready
 
 PEERS = {"opacus": "opacus", "backpack-for-pytorch": "backpack"}  # distributions, modules
 
-QUICK = bench.Effort(min_rounds=2, max_rounds=5, seconds=0.3)
-FULL = bench.Effort(min_rounds=7, max_rounds=200, seconds=10.0)
+QUICK = grid.Effort(min_rounds=2, max_rounds=5, seconds=0.3)
+FULL = grid.Effort(min_rounds=7, max_rounds=200, seconds=10.0)
 
 # Of the largest entry of each array. (Opacus adds 1e-6 to the norms that it clips by.)
 TOLERANCES = {"float32": 1e-3, "float64": 1e-6}
@@ -53,7 +54,7 @@ class Case(NamedTuple):
     contenders: list[Contender]
 
 
-def measure(case: Case, effort: bench.Effort) -> dict[str, Any]:
+def measure(case: Case, effort: grid.Effort) -> dict[str, Any]:
     """Who is in, how far off, how long, and how many times ours each takes."""
     ready: dict[str, Ready] = {}
     timings: dict[str, dict[str, float]] = {}
@@ -70,7 +71,7 @@ def measure(case: Case, effort: bench.Effort) -> dict[str, Any]:
             raise ArithmeticError(f"{case.name}: {contender.name} is off by {error:.2g}")
         ready[contender.name] = Ready(call, contender.read, contender.around)
         timings[contender.name] = {"error": error}
-    samples = bench.interleave(ready, effort)
+    samples = grid.interleave(ready, effort)
     ours = median(samples[case.contenders[0].name])
     for name, times in samples.items():
         low, middle, high = (float(q) for q in np.percentile(times, [25, 50, 75]))

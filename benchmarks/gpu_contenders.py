@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from mlp_backprop import backprop, compute_grads, prepare_grads, validation
-from mlp_backprop.bench_contenders import Answer, Contender, Ready, Task
-from mlp_backprop.engines.cuda_arrays import Arguments
+from mlp_backprop import backprop, compute_grads, prepare_grads
+from mlp_backprop.bench.contenders import Answer, Contender, Ready, Task
+from mlp_backprop.edge import validation
+from mlp_backprop.engines.cuda.arrays import Arguments
 from mlp_backprop.types import flat
 
 
@@ -64,7 +65,7 @@ def _call(task: Task, precision: str) -> Ready:
 def _tier(name: str, task: Task, precision: str) -> Ready:
     """One tier of the CuPy engine, also where the engine would take another."""
     spec, arrays = _checked(task)
-    run = import_module(f"mlp_backprop.engines.{name}").plan(spec, len(task.X), precision)
+    run = import_module(f"mlp_backprop.engines.cuda.{name}").plan(spec, len(task.X), precision)
     if run is None:
         raise ValueError("this net is not covered")
     arguments = Arguments(*arrays, mean=True, out=None)
@@ -109,7 +110,7 @@ def _torch(
     import torch
     import torch.nn.functional as F
 
-    from mlp_backprop import torch_reference
+    from mlp_backprop.checks import torch_reference
 
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     X, y = torch.from_dlpack(task.X).to(dtype), torch.from_dlpack(task.y)
@@ -207,9 +208,9 @@ QUICK = {
     "prepared": _prepared,
     "bound": _bound,
     "call": _call,
-    "cuda_tiny": partial(_tier, "cuda_tiny"),
-    "cuda_warp_tiles": partial(_tier, "cuda_warp_tiles"),
-    "cuda_layers": partial(_tier, "cuda_layers"),
+    "tiny": partial(_tier, "tiny"),
+    "warp_tiles": partial(_tier, "warp_tiles"),
+    "layers": partial(_tier, "layers"),
     "derivation": _derivation,
     "torch": _torch,
     "torch_graph": partial(_torch, graph=True),

@@ -11,8 +11,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlp_backprop import bench_charts, bench_results
-from mlp_backprop.bench_results import Results, Table
+from mlp_backprop.bench import charts
+from mlp_backprop.bench import results as bench_results
+from mlp_backprop.bench.results import Results, Table
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("docs/benchmarks.md", "README.md")
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in PAGES:
         page = options.root / name
         page.write_text(filled(page.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")
-    bench_charts.draw(results, options.root / "docs/images")
+    charts.draw(results, options.root / "docs/images")
 
 
 def tables(results: Results) -> dict[str, Table]:

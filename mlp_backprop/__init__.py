@@ -32,25 +32,29 @@ The derivation is in backprop.py; the table of contents is here:
     unravel_params          and back
 """
 
-from mlp_backprop.checking import check_grads
-from mlp_backprop.curvature import ggn, hessian, linear_operator, ntk
-from mlp_backprop.freed_memory import keep_freed_memory
-from mlp_backprop.gradients import compute_grads, forward, trace
-from mlp_backprop.inputs import (
+from mlp_backprop.checks.checking import check_grads
+from mlp_backprop.derivatives.curvature import ggn, hessian, linear_operator, ntk
+from mlp_backprop.derivatives.gradients import compute_grads, forward, trace
+from mlp_backprop.derivatives.inputs import (
     input_grads,
     input_hessian_diag,
     input_hessian_entries,
     jacobian,
     laplacian,
 )
-from mlp_backprop.namespaces import backends
-from mlp_backprop.parameters import init_params
-from mlp_backprop.per_sample import clipped_grads, per_sample_grad_norms, per_sample_grads
-from mlp_backprop.prepared import prepare_grads
-from mlp_backprop.products import fisher_vp, ggnvp, hvp, jvp, vjp
-from mlp_backprop.residuals import residual_grads, sobolev_grads
+from mlp_backprop.derivatives.per_sample import (
+    clipped_grads,
+    per_sample_grad_norms,
+    per_sample_grads,
+)
+from mlp_backprop.derivatives.prepared import prepare_grads
+from mlp_backprop.derivatives.products import fisher_vp, ggnvp, hvp, jvp, vjp
+from mlp_backprop.derivatives.residuals import residual_grads, sobolev_grads
+from mlp_backprop.edge.backends import backends
+from mlp_backprop.engines.memory import keep_freed_memory
+from mlp_backprop.nets.initial import init_params
+from mlp_backprop.nets.vectors import ravel_params, unravel_params
 from mlp_backprop.types import Layer
-from mlp_backprop.vectors import ravel_params, unravel_params
 
 __all__ = [
     "Layer",

@@ -2,7 +2,7 @@
 
 import sys
 
-from mlp_backprop.cli import main
+from mlp_backprop.programs.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,13 +20,12 @@ This file is written in the Array API, for any array library; every faster engin
 against it. Lists are indexed by the layer: Z[l], H[l], with Z[0] = H[0] = X.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from mlp_backprop.activations import Activation
 from mlp_backprop.losses import Loss
-from mlp_backprop.types import Array, DType, Layer, Namespace
+from mlp_backprop.types import Array, DType, Layer, LossAndGrads, Namespace, flat
 
 Activations = tuple[Activation, ...]
 
@@ -38,7 +37,7 @@ class Spec(NamedTuple):
     sizes: tuple[int, ...]
     dtype: DType
     activations: Activations
-    loss: Loss
+    loss: Loss = None  # type: ignore[assignment]  # absent where only the net is asked about
 
 
 class Sums(NamedTuple):
@@ -48,47 +47,22 @@ class Sums(NamedTuple):
     weight: Array | float
     grads: list[Layer]
 
-    def divided(self, spec: Spec, divisor: Array | float) -> tuple[Array, list[Layer]]:
-        """Loss and gradients over a divisor, which may be 1, as arrays of their own."""
-        xp, dtype = spec.xp, spec.dtype
-        # A sum may leave the range of half precision, so its loss stays in the accumulator's dtype.
-        loss = xp.asarray(self.loss / divisor, dtype=accumulator_dtype(spec))[()]
-        grads = [Layer(W / divisor, b / divisor) for W, b in self.grads]
-        if grads[0].W.dtype != dtype:
-            grads = [Layer(xp.astype(W, dtype), xp.astype(b, dtype)) for W, b in grads]
-        return loss, grads
 
-
-Run = Callable[[list[Layer], Array, Array, Array | None], Any]  # Sums, or what has its parts
-
-
-def reduced(spec: Spec, sums: Sums, reduction: str) -> tuple[Array, list[Layer]]:
-    """The one place where a sum becomes a mean."""
-    return sums.divided(spec, sums.weight if reduction == "mean" else 1.0)
-
-
-def forward(
-    xp: Namespace, activations: Activations, params: list[Layer], X: Array
-) -> tuple[list[Array], list[Array]]:
+def forward(spec: Spec, params: list[Layer], X: Array) -> tuple[list[Array], list[Array]]:
     """Z_l and H_l of every layer."""
     Z, H = [X], [X]
-    for (W, b), activation in zip(params, activations, strict=True):
+    for (W, b), activation in zip(params, spec.activations, strict=True):
         Z.append(H[-1] @ W.T + b)
-        H.append(activation.f(xp, Z[-1]))
+        H.append(activation.f(spec.xp, Z[-1]))
     return Z, H
 
 
 def backward(
-    xp: Namespace,
-    activations: Activations,
-    params: list[Layer],
-    Z: list[Array],
-    H: list[Array],
-    G: Array,
+    spec: Spec, params: list[Layer], Z: list[Array], H: list[Array], G: Array
 ) -> Iterator[tuple[int, Array]]:
     """Yield (l, D_l) from the last layer to the first, given G = dE/dH_L; equation (3)."""
     for l in range(len(params), 0, -1):
-        D = G * activations[l - 1].df(xp, Z[l], H[l])
+        D = G * spec.activations[l - 1].df(spec.xp, Z[l], H[l])
         yield l, D
         if l > 1:
             G = D @ params[l - 1].W
@@ -118,12 +92,10 @@ def loss_and_grad_sums(
     spec: Spec, params: list[Layer], X: Array, y: Array, weight: Array | None
 ) -> Sums:
     """The loss and the gradient of every layer, summed over samples."""
-    xp = spec.xp
-    Z, H = forward(xp, spec.activations, params, X)
+    Z, H = forward(spec, params, X)
     values, G = loss_and_output_grad(spec, H[-1], y, weight)
-    deltas = backward(xp, spec.activations, params, Z, H, G)
-    grads = [layer_grad_sums(spec, D, H[l - 1]) for l, D in deltas]
-    return Sums(xp.sum(values), weight_sum(spec, X, weight), grads[::-1])
+    grads = [layer_grad_sums(spec, D, H[l - 1]) for l, D in backward(spec, params, Z, H, G)]
+    return Sums(spec.xp.sum(values), weight_sum(spec, X, weight), grads[::-1])
 
 
 def weight_sum(spec: Spec, X: Array, weight: Array | None) -> Array | float:
@@ -138,6 +110,19 @@ def accumulator_dtype(spec: Spec) -> DType:
     return spec.xp.float32 if spec.xp.finfo(spec.dtype).bits < 32 else spec.dtype
 
 
-def plan(spec: Spec) -> Run:
-    """The engine of every namespace that has no faster one: the derivation as it stands."""
-    return partial(loss_and_grad_sums, spec)
+def reduced(spec: Spec, sums: Sums, reduction: str, out: list[Layer] | None = None) -> LossAndGrads:
+    """The one place where a sum becomes a mean: new arrays, or those of `out` for the gradients."""
+    xp, divisor = spec.xp, sums.weight if reduction == "mean" else 1.0
+    # A sum may leave the range of half precision, so its loss stays in the accumulator's dtype.
+    loss = xp.asarray(sums.loss / divisor, dtype=accumulator_dtype(spec))[()]
+    grads = [Layer(W / divisor, b / divisor) for W, b in sums.grads]
+    if grads[0].W.dtype != spec.dtype:
+        grads = [Layer(xp.astype(W, spec.dtype), xp.astype(b, spec.dtype)) for W, b in grads]
+    return LossAndGrads(loss, grads if out is None else written(grads, out))
+
+
+def written(grads: list[Layer], out: list[Layer]) -> list[Layer]:
+    """`out`, which holds these gradients now."""
+    for grad, target in zip(flat(grads), flat(out), strict=True):
+        target[...] = grad
+    return out

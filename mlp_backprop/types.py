@@ -1,4 +1,4 @@
-"""The words used in type hints, and Layer, the one type that parameters and gradients have."""
+"""The words used in type hints, and the types of parameters, gradients and results."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +27,13 @@ class Layer(NamedTuple):
 
 
 Params = Sequence[tuple[Array, Array]]
+
+
+class LossAndGrads(NamedTuple):
+    """The value of a loss, and its gradient with respect to every W and b."""
+
+    loss: Array
+    grads: list[Layer]
 
 
 def flat(layers: Iterable[tuple[Any, Any]]) -> list[Any]:

@@ -7,12 +7,15 @@ arrays with `backend.array` and reads results with `backend.numpy`.
 import importlib
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from mlp_backprop import backprop, namespaces
+from mlp_backprop.backprop import Spec
+from mlp_backprop.edge import backends
+from mlp_backprop.engines import choice
 
 # JAX reads this when it is imported: without it, it has no float64.
 os.environ["JAX_ENABLE_X64"] = "1"
@@ -43,8 +46,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     name = request.param
     array, numpy = BACKENDS[name]
     try:
-        if name in namespaces.BACKENDS:
-            namespaces.namespace(name)  # for CuPy, this asks for a device as well
+        if name in backends.BACKENDS:
+            backends.namespace(name)  # for CuPy, this asks for a device as well
         library = importlib.import_module(name)
     except ImportError as error:
         pytest.skip(str(error))
@@ -57,7 +60,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def derivation_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """For mutants of the derivation and its tables: no faster engine may stand in for them."""
 
-    def only(spec: backprop.Spec) -> namespaces.Pass:
-        return namespaces.Pass(spec, backprop.plan(spec))
+    def only(spec: Spec, *_: object) -> choice.Pass:
+        return choice.Pass(partial(choice.derivation, spec))
 
-    monkeypatch.setattr(namespaces, "plan", lambda spec, *_: only(spec))
+    monkeypatch.setattr(choice, "plan", only)

@@ -60,7 +60,7 @@ def library(code: str, defines: tuple[tuple[str, str], ...] = ()) -> ctypes.CDLL
 
 
 def module(specialisation: Any) -> "Module":
-    """The kernels of a `cuda_build.Specialisation`."""
+    """The kernels of a `build.Specialisation`."""
     return Module(specialisation.source, specialisation.kernels, specialisation.defines)
 
 

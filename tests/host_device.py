@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import emulation
 import numpy as np
 
-from mlp_backprop.engines import cublaslt, cuda_build
+from mlp_backprop.engines.cuda import build, cublaslt
 
 GUARD = 256  # bytes, before and after each array
 MOST_NUMBER = 1 << 40  # that a kernel is given: beyond are addresses
@@ -56,7 +56,7 @@ class HostDevice:
         monkeypatch.setitem(sys.modules, "cupy", self.cupy)
         monkeypatch.setattr(cublaslt, "library", lambda: self.lt.library)
         monkeypatch.setattr(cublaslt, "WORKSPACE_BYTES", 1 << 10)
-        monkeypatch.setattr(cuda_build, "module", self.module)
+        monkeypatch.setattr(build, "module", self.module)
         for cached in (cublaslt.handle, cublaslt.product):
             cached.cache_clear()
 

@@ -7,8 +7,9 @@ import oracles
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from mlp_backprop import compute_grads, namespaces
+from mlp_backprop import compute_grads
 from mlp_backprop.activations import ACTIVATIONS
+from mlp_backprop.edge import backends
 
 FLOATS = (np.float64, np.float32, np.float16)
 ORDINARY = np.linspace(-12, 12, 50)
@@ -89,7 +90,7 @@ def test_limits_at_infinity(name, dtype):
 
 def test_zero_takes_torchs_derivative(name):
     torch = pytest.importorskip("torch")
-    from mlp_backprop import torch_reference
+    from mlp_backprop.checks import torch_reference
 
     z = torch.tensor([0.0, -0.0], dtype=torch.float64, requires_grad=True)
     h = torch_reference.ACTIVATIONS[name](z)
@@ -143,7 +144,7 @@ def test_every_library_agrees_with_numpy(name, dtype, backend):
     if backend.name == "array_api_strict" and dtype == np.float16:
         pytest.skip("the standard has no float16")
     Z = np.concatenate([ORDINARY, EXTREME[1:-1], [0, -0.0, -np.inf, np.inf, np.nan]]).astype(dtype)
-    xp = namespaces.namespace_of(backend.array(Z))
+    xp = backends.namespace_of(backend.array(Z))
     float_ = np.finfo(dtype)
     for got, expected in zip(values(name, backend.array(Z), xp), values(name, Z), strict=True):
         assert got.dtype == backend.array(Z).dtype

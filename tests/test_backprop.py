@@ -14,8 +14,9 @@ from oracles import (
     naive_loss,
 )
 
-from mlp_backprop import backprop, trace, validation
+from mlp_backprop import backprop, trace
 from mlp_backprop.activations import ACTIVATIONS as ROWS
+from mlp_backprop.edge import validation
 
 MIXED = ("tanh", "gelu_tanh", "identity")
 
@@ -56,7 +57,9 @@ def added(first, second):
 def test_forward_keeps_every_layer(activation):
     problem = make_problem(activation=activation)
     names = problem.names
-    Z, H = backprop.forward(np, tuple(ROWS[name] for name in names), problem.params, problem.X)
+    rows = tuple(ROWS[name] for name in names)
+    spec = backprop.Spec(np, (3, 5, 2, 4), np.dtype(float), rows)
+    Z, H = backprop.forward(spec, problem.params, problem.X)
     assert [A.shape for A in Z] == [A.shape for A in H] == [(7, d) for d in (3, 5, 2, 4)]
     assert Z[0] is H[0] is problem.X
     for l, (W, b) in enumerate(problem.params, 1):

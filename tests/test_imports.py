@@ -1,7 +1,4 @@
-"""The import table: which file may import which, so that everything points one way.
-
-tables <- derivation <- engines <- namespaces <- public functions <- command line
-"""
+"""The import table: which room and which file may import which, so that all points one way."""
 
 import ast
 import subprocess
@@ -14,148 +11,216 @@ import mlp_backprop
 
 ROOT = Path(mlp_backprop.__file__).parent
 
+# The rooms of the house, and the files at its root, in the order in which they may import; those in
+# one line do not know each other.
+ROOMS = """
+types
+activations
+losses
+backprop
+maths edge
+nets engines
+derivatives
+checks
+mlp_backprop
+bench
+programs
+__main__
+"""
+
 # Module: what it imports of this package; what it imports of other libraries.
 IMPORTS = {
-    # Tables and derivation: mathematics, given its namespace.
+    # types
     "types": ("", ""),
+    # activations
     "activations": ("types", ""),
+    # losses
     "losses": ("activations types", ""),
+    # backprop
     "backprop": ("activations losses types", ""),
-    "jets": ("activations backprop types", ""),
-    "tangents": ("backprop losses types", ""),
-    "hessians": ("backprop tangents types", ""),
-    "blocks": ("types", ""),
-    # Engines.
+    # maths
+    "maths": ("", ""),
+    "maths.jets": ("activations backprop types", ""),
+    "maths.row_blocks": ("types", ""),
+    "maths.samples": ("backprop types", ""),
+    "maths.tangents": ("backprop losses types", ""),
+    "maths.hessians": ("backprop maths.tangents types", ""),
+    # edge
+    "edge": ("", ""),
+    "edge.backends": ("types", "array_api_compat numpy"),
+    "edge.arguments": ("edge.backends types", "numpy"),
+    "edge.calls": ("edge.backends", "numpy"),
+    "edge.kinds": ("backprop edge.backends types", "numpy"),
+    "edge.rules": ("activations backprop edge.arguments edge.backends losses types", ""),
+    "edge.validation": ("backprop edge.arguments edge.backends edge.rules types", ""),
+    # nets
+    "nets": ("", ""),
+    "nets.initial": ("edge.arguments types", "numpy"),
+    "nets.vectors": ("edge.arguments types", ""),
+    # engines
     "engines": ("", ""),
+    "engines.compiled": ("", ""),
+    "engines.compiled.formulas": ("activations", "numba numpy"),
+    "engines.compiled.kernels": ("engines.compiled.formulas types", "numba numpy"),
+    "engines.cuda": ("", ""),
+    "engines.cuda.arrays": ("types", "cupy numpy"),
+    "engines.cuda.build": ("", "cupy"),
+    "engines.cuda.cublaslt": ("", "cuda"),
+    "engines.cuda.tiny": ("backprop engines.cuda.arrays engines.cuda.build types", "cupy numpy"),
+    "engines.cuda.layer_shapes": ("backprop engines.cuda.cublaslt engines.cuda.tiny", "numpy"),
+    "engines.cuda.layer_calls": (
+        "engines.cuda.arrays engines.cuda.cublaslt engines.cuda.layer_shapes types",
+        "cupy",
+    ),
+    "engines.cuda.layers": (
+        "backprop engines.cuda.arrays engines.cuda.build engines.cuda.cublaslt "
+        "engines.cuda.layer_calls engines.cuda.layer_shapes types",
+        "cupy",
+    ),
+    "engines.cuda.warp_tiles": (
+        "backprop engines.cuda.arrays engines.cuda.build types",
+        "cupy numpy",
+    ),
+    "engines.cuda.engine": (
+        "backprop engines.cuda.arrays engines.cuda.layers engines.cuda.tiny "
+        "engines.cuda.warp_tiles maths.row_blocks types",
+        "cupy",
+    ),
+    "engines.memory": ("", "numpy"),
     "engines.schedule": ("backprop", ""),
     "engines.threads": ("", "threadpoolctl"),
     "engines.numpy_tiles": ("backprop engines.schedule engines.threads types", "numpy"),
-    "engines.numba_formulas": ("activations", "numba numpy"),
-    "engines.numba_kernels": ("engines.numba_formulas types", "numba numpy"),
-    "engines.numba_engine": (
-        "backprop engines.numba_formulas engines.numba_kernels engines.numpy_tiles "
-        "engines.threads types",
+    "engines.compiled.engine": (
+        "backprop edge.arguments edge.rules engines.compiled.formulas "
+        "engines.compiled.kernels engines.numpy_tiles engines.threads types",
         "numba numpy",
     ),
     "engines.numpy_products": (
-        "backprop blocks engines.numpy_tiles engines.schedule engines.threads tangents types",
+        "backprop engines.numpy_tiles engines.schedule engines.threads maths.row_blocks "
+        "maths.tangents types",
         "numpy",
     ),
-    "engines.cuda_build": ("", "cupy"),
-    "engines.cublaslt": ("", "cuda"),
-    "engines.cuda_arrays": ("types", "cupy numpy"),
-    "engines.cuda_tiny": ("backprop engines.cuda_arrays engines.cuda_build types", "cupy numpy"),
-    "engines.cuda_warp_tiles": (
-        "backprop engines.cuda_arrays engines.cuda_build types",
-        "cupy numpy",
+    "engines.choice": (
+        "backprop edge.backends engines.compiled.engine engines.cuda.engine "
+        "engines.numpy_products engines.numpy_tiles maths.row_blocks maths.samples "
+        "maths.tangents types",
+        "numpy",
     ),
-    "engines.cuda_layer_shapes": ("backprop engines.cublaslt engines.cuda_tiny", "numpy"),
-    "engines.cuda_layer_calls": (
-        "engines.cublaslt engines.cuda_arrays engines.cuda_layer_shapes types",
-        "cupy",
-    ),
-    "engines.cuda_layers": (
-        "backprop engines.cublaslt engines.cuda_arrays engines.cuda_build "
-        "engines.cuda_layer_calls engines.cuda_layer_shapes types",
-        "cupy",
-    ),
-    "engines.cupy_engine": (
-        "backprop blocks engines.cuda_arrays engines.cuda_layers engines.cuda_tiny "
-        "engines.cuda_warp_tiles types",
-        "cupy",
-    ),
-    # Libraries and arguments.
-    "namespaces": (
-        "backprop engines.cupy_engine engines.numba_engine engines.numpy_tiles types",
-        "array_api_compat numpy",
-    ),
-    "arguments": ("namespaces types", "numpy"),
-    "validation": ("activations arguments backprop losses namespaces types", ""),
-    # Public functions.
-    "gradients": ("backprop namespaces types validation", "numpy"),
-    "prepared": ("arguments backprop gradients namespaces types validation", "numpy"),
-    "parameters": ("arguments types", "numpy"),
-    "vectors": ("arguments types", ""),
-    "per_sample": ("arguments backprop blocks gradients namespaces types validation", "numpy"),
-    "inputs": ("arguments backprop blocks gradients jets types validation", ""),
-    "residuals": (
-        "activations arguments backprop blocks gradients inputs jets losses types validation",
+    # derivatives
+    "derivatives": ("", ""),
+    "derivatives.gradients": ("backprop edge.calls edge.validation engines.choice types", ""),
+    "derivatives.inputs": (
+        "backprop edge.arguments edge.calls edge.validation maths.jets maths.row_blocks types",
         "",
     ),
-    "products": (
-        "backprop blocks engines.numpy_products gradients losses tangents types validation",
+    "derivatives.per_sample": (
+        "backprop edge.arguments edge.calls edge.validation engines.choice maths.row_blocks "
+        "maths.samples types",
+        "",
+    ),
+    "derivatives.prepared": (
+        "backprop edge.arguments edge.backends edge.calls edge.kinds edge.rules "
+        "edge.validation engines.choice types",
         "numpy",
     ),
-    "curvature": (
-        "arguments backprop blocks gradients hessians namespaces products tangents types "
-        "validation vectors",
+    "derivatives.products": (
+        "backprop edge.calls edge.validation engines.choice losses maths.row_blocks "
+        "maths.tangents types",
+        "",
+    ),
+    "derivatives.curvature": (
+        "backprop derivatives.products edge.arguments edge.backends edge.calls "
+        "edge.validation maths.hessians maths.row_blocks maths.tangents nets.vectors types",
         "numpy scipy",
     ),
-    "torch_reference": ("types", "torch"),
-    "family": (
-        "arguments backprop curvature gradients inputs namespaces per_sample products residuals "
-        "types validation vectors",
-        "numpy",
-    ),
-    "checking": (
-        "arguments backprop family gradients namespaces torch_reference types validation",
-        "numpy",
-    ),
-    "freed_memory": ("", "numpy"),
-    "mlp_backprop": (
-        "checking curvature freed_memory gradients inputs namespaces parameters per_sample "
-        "prepared products residuals types vectors",
+    "derivatives.residuals": (
+        "activations backprop derivatives.inputs edge.arguments edge.calls edge.validation "
+        "losses maths.jets maths.row_blocks types",
         "",
     ),
-    # Benchmarks.
-    "environment": (
-        "mlp_backprop engines.numba_engine engines.threads namespaces",
-        "numpy threadpoolctl",
-    ),
-    "bench_memory": ("", ""),
-    "bench_contenders": (
-        "backprop gradients mlp_backprop torch_reference types validation",
-        "autograd jax numpy sklearn torch",
-    ),
-    "bench_results": ("bench_contenders bench_memory engines.threads environment", ""),
-    "bench_charts": ("bench_results", "matplotlib"),
-    "bench": (
-        "arguments backprop bench_contenders bench_memory bench_results gradients parameters "
-        "types validation",
+    # checks
+    "checks": ("", ""),
+    "checks.derivatives": (
+        "backprop derivatives.curvature derivatives.gradients derivatives.inputs "
+        "derivatives.per_sample derivatives.products derivatives.residuals edge.arguments "
+        "edge.backends edge.validation nets.vectors types",
         "numpy",
     ),
-    # Command line.
-    "verification": (
-        "checking gradients namespaces parameters torch_reference types",
+    "checks.torch_reference": ("types", "torch"),
+    "checks.checking": (
+        "backprop checks.derivatives checks.torch_reference derivatives.gradients "
+        "edge.arguments edge.backends edge.calls edge.validation types",
+        "numpy",
+    ),
+    # mlp_backprop
+    "mlp_backprop": (
+        "checks.checking derivatives.curvature derivatives.gradients derivatives.inputs "
+        "derivatives.per_sample derivatives.prepared derivatives.products "
+        "derivatives.residuals edge.backends engines.memory nets.initial nets.vectors types",
+        "",
+    ),
+    # bench
+    "bench": ("", ""),
+    "bench.contenders": (
+        "checks.torch_reference derivatives.gradients edge.validation engines.choice "
+        "mlp_backprop types",
+        "autograd jax numpy sklearn torch",
+    ),
+    "bench.environment": (
+        "edge.backends engines.compiled.engine engines.threads mlp_backprop",
+        "numpy threadpoolctl",
+    ),
+    "bench.memory": ("", ""),
+    "bench.results": ("bench.contenders bench.environment bench.memory engines.threads", ""),
+    "bench.charts": ("bench.results", "matplotlib"),
+    "bench.grid": (
+        "backprop bench.contenders bench.memory bench.results edge.arguments edge.calls "
+        "edge.validation nets.initial types",
+        "numpy",
+    ),
+    # programs
+    "programs": ("", ""),
+    "programs.verification": (
+        "checks.checking checks.torch_reference derivatives.gradients edge.backends "
+        "nets.initial types",
         "numpy sklearn",
     ),
-    "report": ("bench_results environment verification", "numpy rich"),
-    "cli": ("bench bench_charts mlp_backprop environment report verification", "numpy"),
-    "__main__": ("cli", ""),
+    "programs.screens": ("bench.environment bench.results programs.verification", "numpy rich"),
+    "programs.cli": (
+        "bench.charts bench.environment bench.grid mlp_backprop programs.screens "
+        "programs.verification",
+        "numpy",
+    ),
+    # __main__
+    "__main__": ("programs.cli", ""),
 }
 
-# Where an optional library is imported. Those without a file are loaded by name, in namespaces.
+# Where an optional library is imported. Those without a file are loaded by name.
 ONLY_IN = {
-    "array_api_compat": {"namespaces"},
-    "autograd": {"bench_contenders"},
-    "cuda": {"engines.cublaslt"},
+    "array_api_compat": {"edge.backends"},
+    "autograd": {"bench.contenders"},
+    "cuda": {"engines.cuda.cublaslt"},
     "cupy": {
-        "engines.cuda_arrays",
-        "engines.cuda_build",
-        "engines.cuda_layer_calls",
-        "engines.cuda_layers",
-        "engines.cuda_tiny",
-        "engines.cuda_warp_tiles",
-        "engines.cupy_engine",
+        "engines.cuda.arrays",
+        "engines.cuda.build",
+        "engines.cuda.engine",
+        "engines.cuda.layer_calls",
+        "engines.cuda.layers",
+        "engines.cuda.tiny",
+        "engines.cuda.warp_tiles",
     },
-    "jax": {"bench_contenders"},
-    "matplotlib": {"bench_charts"},
-    "numba": {"engines.numba_engine", "engines.numba_formulas", "engines.numba_kernels"},
-    "rich": {"report"},
-    "scipy": {"curvature"},
-    "sklearn": {"bench_contenders", "verification"},
-    "threadpoolctl": {"engines.threads", "environment"},
-    "torch": {"bench_contenders", "torch_reference"},
+    "jax": {"bench.contenders"},
+    "matplotlib": {"bench.charts"},
+    "numba": {
+        "engines.compiled.engine",
+        "engines.compiled.formulas",
+        "engines.compiled.kernels",
+    },
+    "rich": {"programs.screens"},
+    "scipy": {"derivatives.curvature"},
+    "sklearn": {"bench.contenders", "programs.verification"},
+    "threadpoolctl": {"engines.threads", "bench.environment"},
+    "torch": {"bench.contenders", "checks.torch_reference"},
 }
 
 
@@ -207,9 +272,27 @@ def test_the_table_points_one_way():
         above.add(name)
 
 
+def test_rooms_point_one_way():
+    """Each file imports from its own room, or from those in the lines above it."""
+    level = {room: k for k, line in enumerate(ROOMS.split("\n")) for room in line.split()}
+    assert {name.partition(".")[0] for name in IMPORTS} == set(level)
+    for name, (project, _) in IMPORTS.items():
+        room = name.partition(".")[0]
+        for other in {module.partition(".")[0] for module in project.split()} - {room}:
+            assert level[other] < level[room], f"{name} imports from {other}"
+
+
+def test_the_root_holds_the_derivation_alone():
+    assert {path.stem for path in ROOT.glob("*.py")} == {
+        *("types", "activations", "losses", "backprop"),
+        *("__init__", "__main__"),
+    }
+
+
 def test_the_mathematics_imports_no_library():
-    names = "types activations losses backprop jets tangents hessians blocks"
-    assert not any(IMPORTS[name][1] for name in names.split())
+    for name, (_, libraries) in IMPORTS.items():
+        if name in {"types", "activations", "losses", "backprop"} or name.startswith("maths"):
+            assert libraries == "", name
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
@@ -220,7 +303,7 @@ def test_an_optional_library_is_imported_where_the_table_says(library):
 
 def test_libraries_are_loaded_by_name_in_one_file():
     loads = {name for name, path in MODULES.items() if "import_module" in path.read_text("utf-8")}
-    assert loads == {"namespaces"}
+    assert loads == {"edge.backends"}
 
 
 LOADED = """

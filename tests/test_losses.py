@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from oracles import assert_close
 
-from mlp_backprop import namespaces
+from mlp_backprop.edge import backends
 from mlp_backprop.losses import LOSSES
 
 LOGITS = np.array([1e-9, 36, 88, 89, 709, 710, 1e9])
@@ -227,7 +227,7 @@ def test_absolute_error_has_derivative_zero_at_its_kink():
 def test_every_library_agrees_with_numpy(case, backend):
     row, H, Y = case
     V = np.random.default_rng(6).normal(size=H.shape)
-    xp = namespaces.namespace_of(backend.array(H))
+    xp = backends.namespace_of(backend.array(H))
     arrays = [backend.array(A) for A in (H, Y, V)]
     expected = [*row.value_and_grad(np, H, Y), row.hessian_product(np, H, Y, V)]
     got = [*row.value_and_grad(xp, *arrays[:2]), row.hessian_product(xp, *arrays)]

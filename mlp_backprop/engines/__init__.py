@@ -1,1 +1,1 @@
-"""Engines: faster ways to run a whole pass than the derivation, with the same answers."""
+"""Whole passes made faster; choice.py is the one door to them."""

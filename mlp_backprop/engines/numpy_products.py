@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 
 from mlp_backprop.backprop import Spec
-from mlp_backprop.blocks import added
 from mlp_backprop.engines import threads
 from mlp_backprop.engines.numpy_tiles import IN_PLACE, InPlace
 from mlp_backprop.engines.schedule import (
@@ -31,7 +30,8 @@ from mlp_backprop.engines.schedule import (
     WIDE_TILE_BYTES,
     WIDE_WEIGHTS,
 )
-from mlp_backprop.tangents import Kind
+from mlp_backprop.maths.row_blocks import added
+from mlp_backprop.maths.tangents import Kind
 from mlp_backprop.types import Array, Layer
 
 # Tiles are as long as their buffers fit the caches, but long enough for BLAS.
@@ -131,7 +131,7 @@ def product_sums(
     weight: Array | None,
 ) -> list[Layer]:
     """As that of tangents.py, for any number of rows."""
-    run = Pass(spec, kind, params, v)
+    run = ProductRun(spec, kind, params, v)
     rows, with_threads = cut(spec, len(X))
     if rows >= len(X):
         return run(X, y, weight)
@@ -169,7 +169,7 @@ def cut(spec: Spec, n: int) -> tuple[int, bool]:
     return -(-n // n_tiles), worth and threads.can_limit_blas()
 
 
-class Pass:
+class ProductRun:
     """The product for a tile of rows, with the factors of every layer stacked."""
 
     def __init__(self, spec: Spec, kind: Kind, params: list[Layer], v: list[Layer]) -> None:

@@ -11,16 +11,17 @@ problem is cut. Tiles are added up in float64, also for float32 data, and rounde
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from mlp_backprop.backprop import Run, Spec, Sums
+from mlp_backprop import backprop
+from mlp_backprop.backprop import Spec, Sums
 from mlp_backprop.engines import threads
 from mlp_backprop.engines.schedule import make_schedule
-from mlp_backprop.types import Array, DType, Layer
+from mlp_backprop.types import Array, DType, Layer, LossAndGrads
 
 
 class InPlace(NamedTuple):
@@ -132,10 +133,10 @@ class Stacks:
             b.fill(0)
 
 
-class TiledPass:
+class TiledRun:
     """A plan for up to n rows: the schedule, the packed parameters, a workspace per worker.
 
-    It belongs to one thread at a time, and the arrays of its sums to it, until its next run.
+    It belongs to one thread at a time. The arrays of its sums are its own, until the next run.
     """
 
     def __init__(self, spec: Spec, n: int, in_place: Mapping[str, InPlace] = IN_PLACE) -> None:
@@ -149,7 +150,19 @@ class TiledPass:
         self.chunk_sums: list[Stacks] = []
         self.chunk_losses: list[float] = []
 
-    def __call__(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Sums:
+    def __call__(
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        reduction: str,
+        out: list[Layer] | None,
+    ) -> LossAndGrads:
+        """The contract of choice.py."""
+        return backprop.reduced(self.spec, self.sums(params, X, y, weight), reduction, out)
+
+    def sums(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Sums:
         """Loss, weights and gradients, summed over the rows of X."""
         n = len(X)
         weight_sum = float(n) if weight is None else float(weight.sum(dtype=np.float64))
@@ -159,12 +172,12 @@ class TiledPass:
         self._pack(params)
         weights = [W for W, _ in params]
         run = self._one_tile if n <= self.schedule.tile_rows else self._chunks
-        if self.schedule.holds_blas:
-            with threads.blas_on_one_thread():
-                loss, sums = run(weights, X, y, weight)
-        else:
+        with self._blas():
             loss, sums = run(weights, X, y, weight)
         return Sums(loss, weight_sum, sums.layers)
+
+    def _blas(self) -> AbstractContextManager[None]:
+        return threads.blas_on_one_thread() if self.schedule.holds_blas else nullcontext()
 
     def _pack(self, params: list[Layer]) -> None:
         """[W_l b_l] in one array, negated where the activation wants -Z."""
@@ -293,26 +306,31 @@ class TiledPass:
                 multiply = np.multiply if len(D) == 1 else np.dot
                 multiply(weights[l].T, D, tile.D[l - 1])
 
-    def sweeps(
-        self, params: list[Layer], X: Array, y: Array, weight: Array | None
-    ) -> Iterator[tuple[float, Iterator[tuple[Array, Array]]]]:
-        """Tile by tile, the loss and then D_l, H_{l-1} from the last layer to the first.
+    def for_each_sweep(
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        use: Callable[[float, Iterator[tuple[Array, Array]]], None],
+    ) -> None:
+        """Tile by tile use(loss, factors): D_l, H_{l-1} from the last layer to the first.
 
         They are (rows, width), views of a workspace that the next tile writes to.
         """
         self._pack(params)
         weights = [W for W, _ in params]
         n, rows = len(X), self.schedule.tile_rows
-        with threads.blas_on_one_thread() if self.schedule.holds_blas else nullcontext():
+        with self._blas():
             for start in range(0, max(1, n), rows):
                 cut = slice(start, min(start + rows, n))
                 tile = self._tile_of(0, cut.stop - cut.start)
                 self._forward(tile, X[cut])
                 loss = self._loss(tile, y[cut], None if weight is None else weight[cut])
                 below = [X[cut] if tile.X is None else tile.X.T, *(H.T for H in tile.H)]
-                yield loss, ((D.T, below[l]) for l, D in self._backward(tile, weights))
+                use(loss, ((D.T, below[l]) for l, D in self._backward(tile, weights)))
 
 
-def plan(spec: Spec, n: int) -> Run | None:
-    """A tiled pass for up to n rows; None for what it does not cover, half precision."""
-    return TiledPass(spec, n) if np.dtype(spec.dtype).itemsize >= 4 else None
+def prepare(spec: Spec, n: int) -> TiledRun:
+    """A tiled pass for up to n rows."""
+    return TiledRun(spec, n)

@@ -1,0 +1,1 @@
+"""Every derivative held to differences, and gradients to torch."""

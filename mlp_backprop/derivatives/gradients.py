@@ -1,0 +1,194 @@
+"""The public functions on a whole net: check the arguments, plan a pass, run it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mlp_backprop import backprop
+from mlp_backprop.edge import validation
+from mlp_backprop.edge.calls import public
+from mlp_backprop.engines import choice
+from mlp_backprop.types import Array, Layer, LossAndGrads, Params
+
+
+class Trace(NamedTuple):
+    """Every array of one pass; lists are indexed by the layer, 0 for the input.
+
+    Z[l], H[l] and D[l] = dE/dZ_l have shape (n, d_l), with Z[0] = H[0] = X and D[0] = dE/dX.
+    `loss` has one value per sample, (n,); `grads[l - 1]` belongs to layer l. D and grads belong
+    to E, the sum of `loss`.
+    """
+
+    Z: list[Array]
+    H: list[Array]
+    D: list[Array]
+    loss: Array
+    grads: list[Layer]
+
+
+@public
+def compute_grads(
+    params: Params,
+    X: Array,
+    y: Array,
+    *,
+    activation: str | Sequence[str] = "sigmoid",
+    loss: str = "squared_error",
+    reduction: str = "mean",
+    sample_weight: Array | None = None,
+    backend: str | None = None,
+    precision: str = "float32",
+) -> LossAndGrads:
+    """Compute a loss and its exact gradient with respect to every weight and bias.
+
+    Parameters
+    ----------
+    params : sequence of (W, b)
+        One pair per layer; W has shape (d_l, d_{l-1}), as in torch's nn.Linear, b has (d_l,).
+        Their floating dtype is the one everything is computed in.
+    X : array (n, d_0)
+        Inputs, one row per sample. Same dtype as the parameters; integers, booleans and lists
+        are converted.
+    y : array
+        Targets (n, d_L), of the same dtype. For "binary_cross_entropy" values in [0, 1]. For
+        "softmax_cross_entropy" class indices (n,), integers, or weights per class (n, d_L),
+        which need not sum to 1.
+    activation : str or sequence of str
+        "identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu" or
+        "gelu_tanh". One name is for every hidden layer, before an identity output; a sequence
+        names all L layers.
+    loss : str
+        "squared_error" (without a factor 1/2), "absolute_error", "huber", "poisson",
+        "binary_cross_entropy" or "softmax_cross_entropy", summed over the outputs of a sample.
+        The last three take logits.
+    reduction : {"mean", "sum"}
+        "sum" over the samples, each times its weight, or that sum divided by the sum of the
+        weights.
+    sample_weight : array (n,), optional
+        Weights, not negative. None: all 1.
+    backend : {"numpy", "cupy", "torch", "jax"}, optional
+        None: the library of the arrays. A name takes NumPy arrays as well, which are copied to
+        that library; the results stay there. "torch" means tensors as arrays: nothing is
+        recorded by autograd, and nothing returned requires a gradient. "cupy" takes torch tensors
+        on a GPU too, without a copy, and works on torch's current stream.
+    precision : {"float32", "float32_exact", "tf32", "bfloat16"}
+        How "cupy" multiplies matrices of float32; sums are in float32. "float32": on tensor cores
+        where that is as accurate as float32: the whole gradient off by less than 2e-6, in
+        emulation. "float32_exact": in float32 arithmetic. "tf32" and "bfloat16": with factors
+        rounded to 11 and 8 bits. docs/gpu.md has more of the errors seen in emulation; none has
+        been measured on a card yet.
+
+    Returns
+    -------
+    loss : scalar of the array library
+        In the parameters' dtype; float32 for half precision, whose range a sum may leave.
+    grads : list of Layer
+        (W, b) per layer, with the shapes, dtype and library of the parameters.
+
+    Raises
+    ------
+    TypeError
+        Arrays of different libraries or dtypes; anything that does not hold real numbers.
+    ValueError
+        Shapes that do not fit, unknown names, values out of range, different devices.
+    ImportError
+        A backend that is not installed, or CuPy without a device.
+
+    Notes
+    -----
+    Scale: with reduction="mean" the loss equals torch's per-sample loss, summed over outputs and
+    averaged over samples. torch's own reduction="mean" divides all but cross entropy over classes
+    by n d_L.
+
+    The gradients are equations (1) to (3) of docs/derivation.md; Rumelhart, Hinton and Williams,
+    "Learning representations by back-propagating errors", Nature 323 (1986).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mlp_backprop import compute_grads, init_params
+    >>> params = init_params([2, 10, 5, 1], rng=0)
+    >>> X = np.array([[0.3, 0.8], [0.6, 0.1]])
+    >>> y = (X**2).sum(axis=1, keepdims=True) / 2
+    >>> loss, grads = compute_grads(params, X, y)
+    >>> [grad.W.shape for grad in grads]
+    [(10, 2), (5, 10), (1, 5)]
+    """
+    spec, layers, X, y, weight = validation.problem(
+        params, X, y, activation, loss, reduction, sample_weight, backend, precision=precision
+    )
+    return choice.plan(spec, X.shape[0], backend, precision)(layers, X, y, weight, reduction)
+
+
+@public
+def forward(
+    params: Params,
+    X: Array,
+    *,
+    activation: str | Sequence[str] = "sigmoid",
+    backend: str | None = None,
+) -> Array:
+    """Compute the outputs of the last layer, after its activation.
+
+    Parameters
+    ----------
+    params, X, activation, backend
+        As for `compute_grads`.
+
+    Returns
+    -------
+    array (n, d_L)
+        H_L: logits under an identity output, the default.
+
+    Examples
+    --------
+    >>> from mlp_backprop import forward
+    >>> forward([([[1.0, 2.0]], [0.5])], [[3.0, 4.0]])
+    array([[11.5]])
+    """
+    spec, layers, X, *_ = validation.network(params, X, activation, backend)
+    return backprop.forward(spec, layers, X)[1][-1]
+
+
+@public
+def trace(
+    params: Params,
+    X: Array,
+    y: Array,
+    *,
+    activation: str | Sequence[str] = "sigmoid",
+    loss: str = "squared_error",
+    sample_weight: Array | None = None,
+    backend: str | None = None,
+) -> Trace:
+    """Compute a loss and its gradient and keep everything in between, to look at.
+
+    Parameters
+    ----------
+    params, X, y, activation, loss, sample_weight, backend
+        As for `compute_grads`. There is no `reduction`: deltas and gradients are those of the
+        sum over samples, as in the derivation.
+
+    Returns
+    -------
+    Trace
+        Named tuple (Z, H, D, loss, grads), lists indexed by the layer.
+
+    Examples
+    --------
+    A single neuron with one input, by hand: z = 2 * 3 + 1 = 7, loss (7 - 5)² = 4, delta 2 * 2.
+
+    >>> from mlp_backprop import trace
+    >>> steps = trace([([[2.0]], [1.0])], X=[[3.0]], y=[[5.0]])
+    >>> steps.Z[1], steps.loss, steps.D[1], steps.grads[0].W
+    (array([[7.]]), array([4.]), array([[4.]]), array([[12.]]))
+    """
+    spec, layers, X, y, weight = validation.problem(
+        params, X, y, activation, loss, "sum", sample_weight, backend
+    )
+    Z, H = backprop.forward(spec, layers, X)
+    values, G = backprop.loss_and_output_grad(spec, H[-1], y, weight)
+    deltas = dict(backprop.backward(spec, layers, Z, H, G))
+    D = [deltas[1] @ layers[0].W, *(deltas[l] for l in range(1, len(Z)))]
+    sums = [backprop.layer_grad_sums(spec, D[l], H[l - 1]) for l in range(1, len(Z))]
+    grads = backprop.reduced(spec, backprop.Sums(spec.xp.sum(values), 1.0, sums), "sum").grads
+    return Trace(Z, H, D, values, grads)

@@ -1,0 +1,243 @@
+"""The prepared call: everything that shapes decide is done once, and then only the arithmetic."""
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+
+from mlp_backprop.backprop import Spec
+from mlp_backprop.edge import backends, rules, validation
+from mlp_backprop.edge.arguments import Argument, dtype_name
+from mlp_backprop.edge.calls import quietly
+from mlp_backprop.edge.kinds import Kinds
+from mlp_backprop.engines import choice
+from mlp_backprop.types import Array, Layer, LossAndGrads, Params, flat
+
+_shape = attrgetter("shape")
+
+
+def prepare_grads(
+    params: Params,
+    *,
+    n: int,
+    activation: str | Sequence[str] = "sigmoid",
+    loss: str = "squared_error",
+    reduction: str = "mean",
+    backend: str | None = None,
+    precision: str = "float32",
+) -> "PreparedGrads":
+    """Prepare `compute_grads` for many calls with nets and batches of the same shapes.
+
+    Parameters
+    ----------
+    params : sequence of (W, b)
+        Any parameters of the shapes, dtype and library to come; the values do not matter.
+    n : int
+        The most rows that a batch will have.
+    activation, loss, reduction, backend, precision
+        As for `compute_grads`.
+
+    Returns
+    -------
+    PreparedGrads
+        A function `grad_fn(params, X, y, sample_weight=None, *, out=None)` -> (loss, grads), with
+        the answers of `compute_grads`, for 0 to n rows and any parameters of these shapes. It
+        keeps its workspace, so one thread at a time may call it; prepare one for each thread.
+
+        Its `bind(params, X, y)` spares the checks where the arrays are the same every time.
+
+        The results are fresh arrays, the caller's to keep. With `out`, a list of (W, b) to write
+        to, the gradients are written there and `out` is returned in their place.
+
+    Raises
+    ------
+    ValueError, TypeError, ImportError
+        As `compute_grads`, now and in every call: wrong shapes and values are still refused.
+        On CuPy values are not looked at, for that would wait for the device: there a label out
+        of range makes the loss nan.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mlp_backprop import init_params, prepare_grads
+    >>> params = init_params([2, 10, 5, 1], rng=0)
+    >>> grad_fn = prepare_grads(params, n=32)
+    >>> X, y = np.ones((32, 2)), np.zeros((32, 1))
+    >>> loss, grads = grad_fn(params, X, y)
+    >>> loss, grads = grad_fn(params, X[:20], y[:20])
+    """
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0:
+        raise ValueError(f"n must be an integer, 0 or more: the most rows of a batch; got {n!r}")
+    spec = validation.specification(
+        params, activation, loss, reduction, backend, precision=precision
+    )
+    return PreparedGrads(spec, int(n), activation, reduction, backend, precision)
+
+
+class PreparedGrads:
+    """What `prepare_grads` returns: a plan, and the checks that a call still needs."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        n: int,
+        activation: str | Sequence[str],
+        reduction: str,
+        backend: str | None,
+        precision: str,
+    ) -> None:
+        self._made_of = spec, n, activation, reduction, backend, precision
+        self._spec, self._n, self._reduction, self._backend = spec, n, reduction, backend
+        self._kinds = Kinds(spec)
+        self._run = choice.plan(spec, n, backend, precision)
+        self._looks_at_y = spec.loss.targets != "real" and not self._run.checks_labels
+        self._options: dict[str, Any] = {
+            "activation": activation,
+            "loss": spec.loss.name,
+            "reduction": reduction,
+            "backend": backend,
+            "precision": precision,
+            "look_at_values": not self._kinds.on_gpu,  # which would wait for the device
+        }
+
+    def __copy__(self) -> "PreparedGrads":
+        """With a workspace of its own."""
+        return PreparedGrads(*self._made_of)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PreparedGrads":
+        """As __copy__."""
+        return PreparedGrads(*self._made_of)
+
+    def __reduce__(self) -> Any:
+        """In a pickle, what was prepared for, by names; the plan is made anew."""
+        spec, *others = self._made_of
+        library, dtype = backends.library_name(spec.xp), dtype_name(spec.dtype)
+        return _prepared_anew, (library, spec.sizes, dtype, spec.loss.name, *others)
+
+    def bind(
+        self, params: Params, X: Array, y: Array, sample_weight: Array | None = None
+    ) -> Callable[[], LossAndGrads]:
+        """Prepare for the same arrays again and again, to be changed in place.
+
+        Parameters
+        ----------
+        params, X, y, sample_weight
+            As for the prepared call, and refused as there.
+
+        Returns
+        -------
+        callable
+            A function without arguments, which gives (loss, grads) for what the arrays hold by
+            then: change them in place. The arrays of `grads`, and on a GPU that of `loss`, may be
+            the same ones every time: copy what shall outlast the next call. What had to be
+            converted, a list for example, is read now. One thread at a time may call this or the
+            prepared call.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from mlp_backprop import init_params, prepare_grads
+        >>> params = init_params([2, 10, 5, 1], rng=0)
+        >>> X, y = np.ones((32, 2)), np.zeros((32, 1))
+        >>> step = prepare_grads(params, n=32).bind(params, X, y)
+        >>> for _ in range(3):
+        ...     loss, grads = step()
+        ...     for (W, b), (dW, db) in zip(params, grads):
+        ...         W -= 0.1 * dW
+        ...         b -= 0.1 * db
+        """
+        given = params, X, y, sample_weight
+        fits = self._kinds.fit(*given)
+        with self._on_stream(X):
+            layers, *data = given if fits else self._checked(*given)
+            self._check_n(data[0])
+            if fits:
+                self._check_values(*data)
+            own = [Layer(W, b) for W, b in layers]  # the list may change
+            X_, y_, weight = data
+            run = quietly(self._run.bound)(own, X_, y_, weight, self._reduction)
+        arrays = [array for array in (*data, *flat(own)) if array is not None]
+        shapes = [*map(_shape, arrays)]
+
+        def call() -> LossAndGrads:
+            if [*map(_shape, arrays)] != shapes:
+                raise ValueError("an array was resized or reshaped after bind: bind anew")
+            self._check_values(*data)
+            return run()
+
+        def call_on_stream() -> LossAndGrads:
+            with self._on_stream(X):
+                return call()
+
+        bound: Callable[[], LossAndGrads] = quietly(call if fits else call_on_stream)
+        return bound
+
+    @quietly
+    def __call__(
+        self,
+        params: Params,
+        X: Array,
+        y: Array,
+        sample_weight: Array | None = None,
+        *,
+        out: Params | None = None,
+    ) -> LossAndGrads:
+        """Loss and gradients, as `compute_grads` gives them."""
+        given = params, X, y, sample_weight
+        if self._kinds.fit(*given) and (out is None or self._kinds.fit_grads(out)):
+            self._check_values(X, y, sample_weight)
+            return self._call(*given, out)
+        with self._on_stream(X):
+            return self._call(*self._checked(*given), out)
+
+    def _call(self, params: Any, X: Array, y: Array, weight: Any, out: Any) -> LossAndGrads:
+        self._check_n(X)
+        if out is None:
+            return self._run(params, X, y, weight, self._reduction)
+        arrays = validation.check_out(out, self._spec)
+        loss, _ = self._run(params, X, y, weight, self._reduction, arrays)
+        return LossAndGrads(loss, [Layer(W, b) for W, b in out])
+
+    def _on_stream(self, X: Array) -> Any:
+        return backends.callers_stream([X], self._backend)
+
+    def _check_n(self, X: Array) -> None:
+        if X.shape[0] > self._n:
+            raise ValueError(f"prepared for up to {self._n} rows, X has {X.shape[0]}")
+
+    def _check_values(self, X: Array, y: Array, weight: Array | None) -> None:
+        if weight is None and X.shape[0] > 0 and not self._looks_at_y:
+            return
+        xp, loss = self._spec.xp, self._spec.loss
+        weights = None if weight is None else Argument("sample_weight", weight, xp)
+        rules.check_weight_shape(weights, X.shape[0], self._reduction)
+        if self._kinds.on_gpu:
+            return
+        if self._looks_at_y:
+            rules.check_target_values(Argument("y", y, xp), loss, self._spec.sizes[-1])
+        rules.check_weight_values(weights, self._reduction)
+
+    def _checked(self, *arrays: Any) -> tuple[list[Layer], Array, Array, Array | None]:
+        """The arguments after all the checks and conversions of `compute_grads`."""
+        params, X, y, weight = arrays
+        spec, *placed = validation.problem(params, X, y, sample_weight=weight, **self._options)
+        if spec != self._spec:
+            mine, theirs = (validation.described(each) for each in (self._spec, spec))
+            raise ValueError(f"prepared for {mine}; the arguments are {theirs}")
+        return tuple(placed)
+
+
+def _prepared_anew(
+    library: str,
+    sizes: tuple[int, ...],
+    dtype: str,
+    loss: str,
+    n: int,
+    activation: str | Sequence[str],
+    *others: Any,
+) -> PreparedGrads:
+    xp = backends.namespace(library)
+    rows, loss_row = rules.table_rows(len(sizes) - 1, activation, loss, "sum")
+    own = np.dtype(dtype) if xp is np or library == "cupy" else getattr(xp, dtype)
+    return PreparedGrads(Spec(xp, sizes, own, rows, loss_row), n, activation, *others)

@@ -1,0 +1,1 @@
+"""What a caller may pass, and what stands around every call."""

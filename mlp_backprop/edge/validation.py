@@ -1,0 +1,216 @@
+"""From what a caller passes to a checked problem, or to an error; rules.py says what fits.
+
+Nothing is computed, and nothing is copied to a device, before all of it is known to fit; the
+maths behind this file never asks again.
+"""
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from mlp_backprop.backprop import Spec
+from mlp_backprop.edge import backends
+from mlp_backprop.edge.arguments import (
+    Argument,
+    Home,
+    check_at_home,
+    check_same_dtype,
+    common_dtype,
+    common_home,
+    dtype_name,
+    read,
+    read_params,
+)
+from mlp_backprop.edge.rules import (
+    check_inputs,
+    check_layer_shapes,
+    check_precision,
+    check_target_shape,
+    check_target_values,
+    check_weight_shape,
+    check_weight_values,
+    shape_of,
+    table_rows,
+)
+from mlp_backprop.types import Array, Layer, Params, flat
+
+
+class Problem(NamedTuple):
+    """All arguments of a function, checked and placed; y and weight only where it takes them."""
+
+    spec: Spec
+    params: list[Layer]
+    X: Array
+    y: Array = None
+    weight: Array | None = None
+
+    @property
+    def home(self) -> Home:
+        """Where all of them are."""
+        return Home(self.spec.xp, backends.device_of(self.spec.xp, self.X))
+
+
+ABSENT = object()  # in the place of targets; None would be a mistake of the caller's
+
+
+def network(
+    params: Params,
+    X: Array,
+    activation: Any,
+    backend: str | None,
+    *,
+    reduction: Any = "sum",
+    sample_weight: Array | None = None,
+    name: str = "X",
+) -> Problem:
+    """Check the arguments of a function that has no targets, and so no loss."""
+    return problem(
+        params, X, ABSENT, activation, None, reduction, sample_weight, backend, name=name
+    )
+
+
+def problem(
+    params: Params,
+    X: Array,
+    y: Array,
+    activation: Any,
+    loss: Any,
+    reduction: Any,
+    sample_weight: Array | None,
+    backend: str | None,
+    *,
+    precision: Any = "float32",
+    look_at_values: bool = True,
+    name: str = "X",
+) -> Problem:
+    """Check the arguments of a gradient; looking at values on a device waits for it."""
+    layers = _shared_layers(read_params(params), backend)
+    rows, loss_row = table_rows(len(layers), activation, loss, reduction)
+    inputs = shared(read(name, X), backend)
+    targets = None if y is ABSENT else shared(read("y", y), backend)
+    weight = None
+    if sample_weight is not None:
+        weight = shared(read("sample_weight", sample_weight), backend)
+
+    data = [argument for argument in (inputs, targets, weight) if argument is not None]
+    home = common_home([*flat(layers), *data], backend)
+    sizes = check_layer_shapes(layers)
+    n = check_inputs(inputs, sizes[0])
+    labels = targets is not None and check_target_shape(targets, loss_row, n, sizes[-1])
+    dtype = common_dtype(layers, home)
+    check_same_dtype([a for a in data if not (labels and a is targets)], dtype)
+    check_precision(precision, home, dtype)
+    check_weight_shape(weight, n, reduction)
+    if look_at_values:
+        check_target_values(targets, loss_row, sizes[-1])
+        check_weight_values(weight, reduction)
+
+    placed = home.place_params(layers, dtype)
+    return Problem(
+        spec=Spec(home.xp, sizes, placed[0].W.dtype, rows, loss_row),
+        params=placed,
+        X=home.place(inputs, dtype),
+        y=None if targets is None else home.place(targets, None if labels else dtype),
+        weight=None if weight is None else home.place(weight, dtype),
+    )
+
+
+def specification(
+    params: Params,
+    activation: Any,
+    loss: Any,
+    reduction: Any,
+    backend: str | None,
+    *,
+    precision: Any = "float32",
+) -> Spec:
+    """Check what is known before data comes: the parameters and the names."""
+    layers = _shared_layers(read_params(params), backend)
+    rows, loss_row = table_rows(len(layers), activation, loss, reduction)
+    home = common_home(flat(layers), backend)
+    sizes = check_layer_shapes(layers)
+    dtype = common_dtype(layers, home)
+    check_precision(precision, home, dtype)
+    placed = home.place_params(layers, dtype)
+    return Spec(home.xp, sizes, placed[0].W.dtype, rows, loss_row)
+
+
+def check_out(out: Params, spec: Spec) -> list[Layer]:
+    """The arrays that gradients shall be written to, once it is seen that they can be."""
+    layers = read_params(out, "out")
+    arrays = flat(layers)
+    shapes = flat(((n_out, n_in), (n_out,)) for n_in, n_out in pairwise(spec.sizes))
+    if [tuple(a.array.shape) for a in arrays] != shapes or any(
+        a.weak or a.xp is not spec.xp or a.array.dtype != spec.dtype for a in arrays
+    ):
+        raise ValueError(f"out must be a list of (W, b), {described(spec)}")
+    if not all(backends.is_writeable(a.xp, a.array) for a in arrays):
+        raise ValueError("out holds arrays that cannot be written to")
+    return [Layer(W.array, b.array) for W, b in layers]
+
+
+def described(spec: Spec) -> str:
+    library, dtype = backends.library_name(spec.xp), dtype_name(spec.dtype)
+    return f"{library} arrays of {dtype} for widths {'-'.join(map(str, spec.sizes))}"
+
+
+# What comes beside a problem that is placed already ---------------------------------------------
+
+
+def like_params(value: Params, name: str, problem: Problem, backend: str | None) -> list[Layer]:
+    """What must have the structure of the parameters."""
+    layers = _shared_layers(read_params(value, name), backend)
+    shapes = [tuple(a.array.shape) for a in flat(layers)]
+    expected = [tuple(A.shape) for A in flat(problem.params)]
+    if shapes != expected:
+        raise ValueError(f"{name} must have the shapes of params, {expected}, got {shapes}")
+    return problem.home.place_params(layers, _checked_dtype(flat(layers), problem, backend))
+
+
+def like_outputs(value: Array, name: str, problem: Problem, backend: str | None) -> Array:
+    """An array (n, d_L)."""
+    argument = shared(read(name, value), backend)
+    expected = (problem.X.shape[0], problem.spec.sizes[-1])
+    if tuple(argument.array.shape) != expected:
+        raise ValueError(
+            f"{name} must have the shape of the outputs, {expected}, got {shape_of(argument)}"
+        )
+    return _placed(argument, problem, backend)
+
+
+def like_inputs(value: Array, name: str, problem: Problem, backend: str | None) -> Array:
+    """Other inputs of the same net."""
+    argument = shared(read(name, value), backend)
+    check_inputs(argument, problem.spec.sizes[0])
+    return _placed(argument, problem, backend)
+
+
+def of_shape(
+    value: Array, name: str, shape: tuple[int, ...], problem: Problem, backend: str | None
+) -> Array:
+    """An array of this shape."""
+    argument = shared(read(name, value), backend)
+    if tuple(argument.array.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {shape_of(argument)}")
+    return _placed(argument, problem, backend)
+
+
+def _placed(argument: Argument, problem: Problem, backend: str | None) -> Array:
+    return problem.home.place(argument, _checked_dtype([argument], problem, backend))
+
+
+def _checked_dtype(arguments: list[Argument], problem: Problem, backend: str | None) -> str:
+    """The name of the problem's dtype, once all are seen to be where it is, and of that dtype."""
+    dtype = dtype_name(problem.spec.dtype)
+    check_at_home(problem.home, arguments, backend)
+    check_same_dtype(arguments, dtype)
+    return dtype
+
+
+def shared(argument: Argument, backend: str | None) -> Argument:
+    """The argument, or the same memory as an array of the backend's library."""
+    array = backends.shared(argument.array, backend)
+    return argument if array is argument.array else read(argument.name, array)
+
+
+def _shared_layers(layers: list[Layer], backend: str | None) -> list[Layer]:
+    return [Layer(shared(W, backend), shared(b, backend)) for W, b in layers]

@@ -1,0 +1,150 @@
+"""The one door to the engines: for each question the fastest way that covers it.
+
+An engine replaces a whole pass. It has `prepare(spec, n)`, which gives a run over up to n rows, or
+None for what it does not cover, and a run keeps one contract:
+
+    run(params, X, y, weight, reduction, out) -> LossAndGrads
+
+where `reduction` is "mean" or "sum" and `out` is None or has the arrays for the gradients. The
+results are the caller's to keep. A run may have a `bound` as well, for the same arrays again and
+again, and `checks_labels` if it refuses by itself what is no class. Those on the CPU have `sums`,
+in float64, which add up over blocks of rows. What no engine covers runs the
+derivation.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
+from typing import Any
+
+import numpy as np
+
+from mlp_backprop import backprop
+from mlp_backprop.backprop import Spec
+from mlp_backprop.edge.backends import library_name
+from mlp_backprop.engines import numpy_products, numpy_tiles
+from mlp_backprop.maths import samples, tangents
+from mlp_backprop.maths.row_blocks import added, part, row_blocks
+from mlp_backprop.maths.samples import Factors
+from mlp_backprop.maths.tangents import Kind
+from mlp_backprop.types import Array, Layer, LossAndGrads
+
+Run = Callable[[list[Layer], Array, Array, Array | None, str, list[Layer] | None], LossAndGrads]
+
+
+class Pass:
+    """A planned pass, which has a workspace: for one caller at a time."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.checks_labels = bool(getattr(run, "checks_labels", False))
+        self._in_use = threading.Lock()
+
+    def __call__(
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        reduction: str,
+        out: list[Layer] | None = None,
+    ) -> LossAndGrads:
+        """Loss and gradients, these in the arrays of `out` if there is one."""
+        return self._alone(self._run, params, X, y, weight, reduction, out)
+
+    def bound(
+        self, params: list[Layer], X: Array, y: Array, weight: Array | None, reduction: str
+    ) -> Callable[[], LossAndGrads]:
+        """The pass over these arrays, whatever they hold when it is called."""
+        arrays = params, X, y, weight, reduction
+        own = getattr(self._run, "bound", None)
+        if own is None:
+            return partial(self, *arrays)
+        return partial(self._alone, own(*arrays))
+
+    def _alone(self, run: Callable[..., LossAndGrads], *arguments: Any) -> LossAndGrads:
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                "a prepared call is for one thread at a time, since it keeps its workspace: "
+                "prepare one for each thread, or call compute_grads"
+            )
+        try:
+            return run(*arguments)
+        finally:
+            self._in_use.release()
+
+
+def plan(spec: Spec, n: int, backend: str | None, precision: str = "float32") -> Pass:
+    """A pass over up to n rows, by the first engine that covers it, or by the derivation."""
+    run: Run | None = None
+    if spec.xp is not np and library_name(spec.xp) == "cupy":
+        from mlp_backprop.engines.cuda import engine as cuda
+
+        run = cuda.prepare(spec, n, precision)
+    elif backend == "numba":
+        from mlp_backprop.engines.compiled import engine as compiled
+
+        run = compiled.prepare(spec, n)
+    elif is_for_numpy(spec):
+        run = numpy_tiles.prepare(spec, n)
+    return Pass(run or partial(derivation, spec))
+
+
+def derivation(
+    spec: Spec,
+    params: list[Layer],
+    X: Array,
+    y: Array,
+    weight: Array | None,
+    reduction: str,
+    out: list[Layer] | None = None,
+) -> LossAndGrads:
+    """The derivation as a run: of every library that has no faster one."""
+    sums = backprop.loss_and_grad_sums(spec, params, X, y, weight)
+    return backprop.reduced(spec, sums, reduction, out)
+
+
+def is_for_numpy(spec: Spec) -> bool:
+    """What the NumPy engine covers: all but half precision."""
+    return spec.xp is np and bool(np.dtype(spec.dtype).itemsize >= 4)
+
+
+def for_each_sweep(
+    spec: Spec,
+    params: list[Layer],
+    X: Array,
+    y: Array,
+    weight: Array | None,
+    use: Callable[[Array | float, Iterator[Factors]], None],
+) -> None:
+    """Call use(loss, factors) for one block of rows after the other.
+
+    The factors, D_l and H_{l-1} from the last layer to the first, lie in memory that the next
+    block may use again.
+    """
+    if is_for_numpy(spec):
+        numpy_tiles.TiledRun(spec, X.shape[0]).for_each_sweep(params, X, y, weight, use)
+        return
+    row_numbers = spec.sizes[0] + 3 * sum(spec.sizes[1:])  # Z_l, H_l and D_l
+    for rows in row_blocks(spec.xp, X, row_numbers):
+        use(*samples.sweep(spec, params, X[rows, ...], y[rows, ...], part(weight, rows)))
+
+
+def product_sums(
+    spec: Spec,
+    kind: Kind,
+    params: list[Layer],
+    v: list[Layer],
+    X: Array,
+    y: Array,
+    weight: Array | None,
+) -> list[Layer]:
+    """The matrix of this kind, summed over samples, times v."""
+    if is_for_numpy(spec):
+        return numpy_products.product_sums(spec, kind, params, v, X, y, weight)
+
+    def sums(rows: slice) -> list[Layer]:
+        block = X[rows, :], y[rows, ...], part(weight, rows)
+        return tangents.product_sums(spec, kind, params, v, *block)
+
+    return reduce(added, map(sums, row_blocks(spec.xp, X, tangents.row_numbers(spec))))

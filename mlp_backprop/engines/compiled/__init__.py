@@ -1,0 +1,1 @@
+"""The engine that Numba compiles, for NumPy's arrays."""

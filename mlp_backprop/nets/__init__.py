@@ -1,0 +1,1 @@
+"""Nets as data: initial values, parameters as one vector."""

@@ -1,0 +1,104 @@
+"""Initial parameters: the three schemes most nets start from."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mlp_backprop.edge.arguments import (
+    check_dtype_of,
+    named_home,
+    read_params,
+    table_row,
+    type_name,
+)
+from mlp_backprop.types import Array, Layer
+
+Scheme = Callable[[np.random.Generator, int, int], tuple[Array, Array]]
+
+
+def _linear(rng: np.random.Generator, n_out: int, n_in: int) -> tuple[Array, Array]:
+    limit = 1 / math.sqrt(n_in)
+    return rng.uniform(-limit, limit, (n_out, n_in)), rng.uniform(-limit, limit, n_out)
+
+
+def _glorot(rng: np.random.Generator, n_out: int, n_in: int) -> tuple[Array, Array]:
+    limit = math.sqrt(6 / (n_in + n_out))
+    return rng.uniform(-limit, limit, (n_out, n_in)), np.zeros(n_out)
+
+
+def _he(rng: np.random.Generator, n_out: int, n_in: int) -> tuple[Array, Array]:
+    return rng.normal(0, math.sqrt(2 / n_in), (n_out, n_in)), np.zeros(n_out)
+
+
+SCHEMES: dict[str, Scheme] = {"linear": _linear, "glorot": _glorot, "he": _he}
+
+
+def init_params(
+    sizes: Sequence[int],
+    rng: Any = None,
+    *,
+    scheme: str = "linear",
+    dtype: str = "float64",
+    backend: str = "numpy",
+) -> list[Layer]:
+    """Draw initial weights and biases.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Widths d_0, d_1, ..., d_L: inputs first, outputs last.
+    rng : numpy.random.Generator, int or None
+        As for numpy.random.default_rng. A generator is advanced; an int gives the same
+        parameters every time.
+    scheme : {"linear", "glorot", "he"}
+        "linear", torch's default for nn.Linear: W and b uniform in ±1/sqrt(d_{l-1}).
+        "glorot": W uniform in ±sqrt(6 / (d_{l-1} + d_l)), b zero (Glorot and Bengio, AISTATS
+        2010), for sigmoid and tanh. "he": W normal with variance 2 / d_{l-1}, b zero (He et
+        al., ICCV 2015), for relu and its relatives.
+    dtype : str
+        The floating dtype, by name. Draws are made in float64 and rounded, so the same seed
+        gives the same net in every dtype.
+    backend : str
+        The library of the arrays.
+
+    Returns
+    -------
+    list of Layer
+        (W, b) per layer, shapes (d_l, d_{l-1}) and (d_l,).
+
+    Raises
+    ------
+    ValueError, TypeError
+        Fewer than two sizes, sizes below 1 or not integers, unknown names.
+    ImportError
+        A backend that is not installed.
+
+    Examples
+    --------
+    >>> from mlp_backprop import init_params
+    >>> [W.shape for W, b in init_params([2, 10, 5, 1], rng=0)]
+    [(10, 2), (5, 10), (1, 5)]
+    """
+    draw = table_row("scheme", scheme, SCHEMES)
+    widths = _checked_sizes(sizes)
+    home = named_home(backend)
+    name = check_dtype_of(home, dtype)
+    generator = np.random.default_rng(rng)
+    drawn = [draw(generator, n_out, n_in) for n_in, n_out in pairwise(widths)]
+    return home.place_params(read_params(drawn), name)
+
+
+def _checked_sizes(sizes: Sequence[int]) -> list[int]:
+    if not isinstance(sizes, Sequence | np.ndarray) or isinstance(sizes, str):
+        raise TypeError(f"sizes must be a sequence of widths, got {type_name(sizes)}")
+    if len(sizes) < 2:
+        raise ValueError(f"sizes needs inputs and outputs at least, got {list(sizes)}")
+    for l, width in enumerate(sizes):
+        if isinstance(width, bool) or not isinstance(width, int | np.integer):
+            raise TypeError(f"sizes[{l}] must be an integer, got {width!r}")
+        if width < 1:
+            raise ValueError(f"sizes[{l}] must be 1 or more, got {width}")
+    return [int(width) for width in sizes]

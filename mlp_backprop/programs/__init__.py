@@ -1,0 +1,1 @@
+"""The command line, what it computes and how it is shown."""

@@ -1,0 +1,264 @@
+"""What the command line shows in a terminal. The only file that imports rich.
+
+Laid out for 80 columns; a wider terminal shows more entries beside one another.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from mlp_backprop.bench.environment import Environment
+from mlp_backprop.bench.results import (
+    Results,
+    missing_table,
+    ratios_table,
+    summary_table,
+    times_table,
+)
+from mlp_backprop.bench.results import Table as Texts
+from mlp_backprop.programs import verification
+from mlp_backprop.programs.verification import Comparison, Verification, Worked
+
+TITLES = {
+    "assignment": "1. The assignment",
+    "published": "2. The published tables",
+    "digits": "3. Handwritten digits",
+}
+
+TEXTS = {
+    "assignment": "A 2-10-5-1 net: sigmoid hidden layers, identity output, loss E = (h3 - y)^2. "
+    "One sample x, drawn from U[0, 1]^2 and labelled y = (x1^2 + x2^2)/2.",
+    "published": "The assignment prints its gradients but not its weights. For one sample dE/dW "
+    "is an outer product, so the tables determine an equivalent net; computed here, its gradients "
+    "must give back every printed number.",
+    "digits": "A 64-32-16-10 net on the 1797 images of scikit-learn, 8 x 8 pixels: sigmoid hidden "
+    "layers, softmax cross entropy, mean over the images.",
+}
+
+# Examples shown entry by entry, and the headings of their columns: the reference's, and ours.
+HEADINGS = {
+    "assignment": ("by PyTorch", "by hand"),
+    "published": ("printed", "computed"),
+}
+
+# Of one block of entries: index, two numbers and their difference. Two blocks fit into 80 columns.
+WIDTHS = (6, 10, 10, 7)
+GAP = 2
+BLOCK_WIDTH = sum(WIDTHS) + GAP * len(WIDTHS)
+
+
+def show(result: Verification | Environment) -> None:
+    """Print what `verify` or `environment` found out."""
+    # Square brackets are indices and names of extras here, not markup.
+    console = Console(markup=False, emoji=False, highlight=False)
+    if isinstance(result, Verification):
+        _show_verification(console, result)
+    else:
+        _show_environment(console, result)
+
+
+def _show_verification(console: Console, result: Verification) -> None:
+    for example, title in TITLES.items():
+        console.rule(title, align="left", style="dim")
+        console.print(TEXTS[example], "", sep="\n")
+        if example == "assignment":
+            _show_pass(console, result.assignment[0])
+        comparisons = [c for c in result.comparisons if c.example == example]
+        if not comparisons:
+            note = f"Left out: {result.missing['scikit-learn']}."
+            console.print(note, "", sep="\n", style="yellow")
+            continue
+        if "torch" in result.missing and example != "published":
+            note = f"No column by PyTorch: {result.missing['torch']}."
+            console.print(note, "", sep="\n", style="yellow")
+        if example in HEADINGS:
+            _show_entries(console, comparisons[0])
+        _show_differences(console, comparisons)
+    _show_verdict(console, result)
+
+
+def _show_pass(console: Console, worked: Worked) -> None:
+    """The sample, and every Z and H with one row per unit."""
+    example, steps = worked
+    x1, x2 = map(_number, example.X[0])
+    y, h3, E = map(_number, (example.y[0, 0], steps.H[-1][0, 0], steps.loss[0]))
+    console.print(f"x = ({x1}, {x2})   y = {y}   h3 = {h3}   E = {E}", "", sep="\n")
+    columns = {}
+    for l in range(1, len(steps.Z)):
+        columns[f"z{l}"] = map(_number, steps.Z[l][0])
+        columns[f"h{l}"] = map(_number, steps.H[l][0])
+    table = _table("unit", *columns)
+    for unit, row in enumerate(zip_longest(*columns.values(), fillvalue="")):
+        table.add_row(f"[{unit}]", *row)
+    console.print(f"Forward pass, {example.dtype}:", "", table, "", sep="\n")
+
+
+def _show_entries(console: Console, comparison: Comparison) -> None:
+    """Every entry of the gradient beside the reference's, in blocks beside one another."""
+    console.print(f"Gradients, {comparison.dtype}:", "", sep="\n")
+    n_blocks = max(1, (console.width + GAP) // BLOCK_WIDTH)
+    for table in comparison.tables:
+        indices = list(np.ndindex(table.computed.shape))
+        n_rows = math.ceil(len(indices) / n_blocks)
+        blocks = Table.grid(padding=(0, GAP))
+        blocks.add_row(
+            *(
+                _block(table, HEADINGS[comparison.example], indices[start : start + n_rows])
+                for start in range(0, len(indices), n_rows)
+            )
+        )
+        console.print(blocks, "")
+
+
+def _block(
+    table: verification.Table, headings: tuple[str, str], indices: list[tuple[int, ...]]
+) -> Table:
+    theirs, ours = headings
+    if table.reference is None:
+        block = _table(table.name, ours)
+        for index in indices:
+            block.add_row(str(list(index)), _number(table.computed[index]))
+        return block
+    block = _table(table.name, theirs, ours, "diff", widths=WIDTHS)
+    for index in indices:
+        expected, computed = table.reference[index], table.computed[index]
+        difference = _small(abs(computed - expected))
+        block.add_row(str(list(index)), _number(expected), _number(computed), difference)
+    return block
+
+
+def _show_differences(console: Console, comparisons: list[Comparison]) -> None:
+    """The largest difference in every array, and the tolerance: one column per comparison."""
+    table = _table("array", "shape", *(f"{c.reference}\n{c.dtype}" for c in comparisons))
+    for tables in zip(*(c.tables for c in comparisons), strict=True):
+        shape = " x ".join(map(str, tables[0].computed.shape))
+        table.add_row(tables[0].name, shape, *(_small(t.difference) for t in tables))
+    table.add_section()
+    table.add_row("tolerance", "", *(_small(c.tolerance) for c in comparisons))
+    table.add_row("", "", *(_mark(c.passed) for c in comparisons))
+    measure = comparisons[0].measure
+    console.print(f"Largest {measure} difference:", "", table, "", sep="\n")
+
+
+def _show_verdict(console: Console, result: Verification) -> None:
+    console.rule("Result", align="left", style="dim")
+    for c in result.comparisons:
+        if not c.passed:
+            differences = (
+                f"{table.name} {_small(table.difference)}"
+                for table in c.tables
+                if not table.difference <= c.tolerance  # nan is not below any tolerance
+            )
+            console.print(
+                f"{c.example}, {c.reference}, {c.dtype}: above the tolerance of "
+                f"{_small(c.tolerance)} are {', '.join(differences)}",
+                style="red",
+            )
+    n_passed, n = sum(c.passed for c in result.comparisons), len(result.comparisons)
+    absent = f" Left out, not installed: {', '.join(result.missing)}." if result.missing else ""
+    console.print(
+        f"{'Success' if result.passed else 'FAILED'}: {n_passed} of {n} comparisons are within "
+        f"their tolerance.{absent} Largest differences: {_largest(result.comparisons)}.",
+        style="green" if result.passed else "bold red",
+    )
+
+
+def _largest(comparisons: list[Comparison]) -> str:
+    """The largest difference from each reference in each dtype, over all examples."""
+    largest: dict[str, float] = {}
+    for c in comparisons:
+        kind = f"{c.reference} ({c.dtype})"
+        largest[kind] = float(np.maximum(c.difference, largest.get(kind, 0.0)))
+    return ", ".join(f"{kind} {_small(difference)}" for kind, difference in largest.items())
+
+
+def _show_environment(console: Console, result: Environment) -> None:
+    for name, version in result.versions.items():
+        console.print(f"{name} {version}")
+    blas = result.blas
+    threads = "" if blas.threads is None else f", {blas.threads} threads"
+    console.print(f"BLAS {blas.name} {blas.version}{threads}")
+    console.print(f"CPUs for this process: {result.cpus}; threads for a call: {result.threads}")
+    if result.compiled is not None:
+        seconds, directory = result.compiled
+        origin = f"compiled in {seconds:.1f} s" if seconds else "from the cache"
+        console.print(f"numba engine: {origin}, kept in {directory or 'no cache'}")
+    console.print()
+    table = _table("backend", "version", "devices, or why it is not usable", justify="left")
+    for backend in result.backends:
+        note = ", ".join(backend.devices) if backend.usable else backend.reason
+        table.add_row(backend.name, backend.version or "", note)
+    console.print(table)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar for work in cells: call what it yields with (done, total, what comes now)."""
+    columns = (
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    # Drawn between cells only: a thread that redraws would be timed with them.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def advance(done: int, total: int, description: str) -> None:
+            bar.update(task, completed=done, total=total, description=description, refresh=True)
+
+        yield advance
+
+
+def show_benchmarks(results: Results) -> None:
+    """The times, how many times faster than torch that is, the targets, and who is missing."""
+    console = Console(markup=False, emoji=False, highlight=False)
+    for dtype in ("float32", "float64"):
+        _show_texts(console, f"Microseconds per call, {dtype}", times_table(results, dtype))
+        _show_texts(console, f"Times faster than torch, {dtype}", ratios_table(results, dtype))
+    _show_texts(console, "Targets", summary_table(results))
+    _show_texts(console, "Left out", missing_table(results))
+
+
+def _show_texts(console: Console, title: str, texts: Texts) -> None:
+    console.rule(title, align="left", style="dim")
+    table = _table(*texts.head)
+    for row in texts.rows:
+        table.add_row(*row)
+    console.print(table, "", sep="\n")
+
+
+def _table(
+    *headings: str, justify: str = "right", widths: tuple[int | None, ...] | None = None
+) -> Table:
+    """An empty table with names or indices in the first column."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for k, heading in enumerate(headings):
+        table.add_column(
+            heading,
+            justify=justify if k else "left",
+            style="" if k else "dim",
+            width=widths[k] if widths else None,
+        )
+    return table
+
+
+def _number(value: float) -> str:
+    """Seven digits after the point, as the assignment prints them."""
+    return f"{value:.7f}"
+
+
+def _small(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
+
+
+def _mark(passed: bool) -> Text:
+    return Text("ok", style="green") if passed else Text("FAILED", style="bold red")

@@ -1,0 +1,253 @@
+"""The GPU benchmark without a card: its cells, floors, clock and tables, and a run on NumPy arrays.
+
+No test here asserts how long anything takes: the clock is made up.
+"""
+
+import json
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mlp_backprop.bench.contenders import Answer, Contender, Ready
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+LIMITS = {"bandwidth": 4e12, "special": 4e12}
+RATES = {"float32": 50e12, "tf32": 400e12, "bfloat16": 800e12}
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The files of benchmarks/, which are programs beside each other and no package."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_gpu
+    import gpu_contenders
+    import gpu_floors
+
+    limits = gpu_floors.Limits(rates=RATES, **LIMITS)
+    return SimpleNamespace(
+        bench=bench_gpu, contenders=gpu_contenders, floors=gpu_floors, limits=limits
+    )
+
+
+@pytest.fixture
+def clock(monkeypatch, programs):
+    """A millisecond passes between any two readings; a cell is over after the fewest rounds."""
+    effort = programs.bench.EFFORT._replace(max_rounds=5)
+    monkeypatch.setattr(programs.bench, "EFFORT", effort)
+    readings = count(0, 1_000_000)
+    return lambda: next(readings)
+
+
+def cell(programs, net, n, precision="float32"):
+    return programs.bench.Cell(programs.bench.NETS[net], n, precision)
+
+
+# Cells and floors --------------------------------------------------------------------------------
+
+
+def test_what_the_targets_need_comes_first(programs):
+    bench, schedule = programs.bench, programs.bench.schedule()
+    targets = [cell for cell, builders in schedule if builders is bench.COMPILED]
+    assert len(targets) == sum(len(t.precisions) for t in bench.TARGETS) == 11
+    assert schedule[:11] == [(cell, bench.QUICK) for cell in targets]
+    assert schedule[11:22] == [(cell, bench.COMPILED) for cell in targets]
+    cells = [cell for cell, builders in schedule if builders is bench.QUICK]
+    assert len(cells) == len(set(cells)) == 31
+    for target in bench.TARGETS:
+        assert target.n in bench.ROWS[target.net]
+
+
+@pytest.mark.parametrize(
+    ("net", "bytes_per_row", "operations", "special"),
+    [
+        ("2-10-5-1", 12, 410, 30),
+        ("64-64-64-1", 260, 41_344, 256),
+        ("784-128-64-10", 3_144, 454_400, 10),
+        ("4096-4096-4096-4096-4096", 32_768, 369_098_752, 0),
+    ],
+)
+def test_the_work_of_a_row(programs, net, bytes_per_row, operations, special):
+    net = programs.bench.NETS[net]
+    arguments = (net.sizes, net.activation, net.loss)
+    one, three = (programs.floors.work(*arguments, n, "float32") for n in (1, 3))
+    assert three.bytes - one.bytes == 2 * bytes_per_row
+    assert (one.operations, one.special) == (operations, special)
+    assert (three.operations, three.special) == (3 * operations, 3 * special)
+
+
+def test_parameters_come_in_and_gradients_go_out(programs):
+    for precision, itemsize in (("float32", 4), ("tf32", 4), ("bfloat16", 2)):
+        needed = programs.floors.work((2, 10, 5, 1), "tanh", "squared_error", 0, precision)
+        assert needed == (91 * (itemsize + 4), 0, 0, False)
+
+
+def test_the_floor_is_the_slowest_of_three(programs):
+    def floor(*needed, precision="tf32", wide=True):
+        work = programs.floors.Work(*needed, fills_tiles=wide)
+        return programs.floors.floor(work, programs.limits, precision)
+
+    assert floor(8 * 10**12, 1, 1) == floor(1, 8 * 10**14, 1) == floor(1, 1, 8 * 10**12) == 2.0
+    assert floor(1, 8 * 10**14, 1, precision="float32") == 3.0  # three products of half
+    assert floor(1, 8 * 10**14, 1, precision="float32", wide=False) == 16.0
+
+
+def test_the_clock_adds_up_the_time_between_events(programs):
+    times, log = iter([0.0, 1.5, 4.0]), []
+
+    class Event:
+        def record(self):
+            self.time = next(times)
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+    cuda = SimpleNamespace(
+        Event=Event,
+        get_elapsed_time=lambda a, b: b.time - a.time,
+        runtime=SimpleNamespace(deviceSynchronize=lambda: log.append("device")),
+    )
+    clock = programs.bench.DeviceClock(cuda)
+    assert [clock(), clock()] == [1_500_000, 4_000_000]
+    assert log == ["device", "record", "wait"] * 3
+
+
+# Measuring ---------------------------------------------------------------------------------------
+
+
+ON_NUMPY = ("prepared", "bound", "call", "derivation", "torch", "jax")
+
+
+def on_numpy(programs, precision, names=ON_NUMPY):
+    rows = programs.contenders.contenders(programs.contenders.QUICK, precision)
+    return [row for row in rows if row.name in names]
+
+
+@pytest.mark.parametrize("net", ["2-10-5-1", "64-64-64-1", "784-128-64-10"])
+def test_a_cell_on_numpy(programs, clock, net):
+    pytest.importorskip("torch")
+    pytest.importorskip("jax")
+    rows = on_numpy(programs, "float32")
+    record = programs.bench.measure(cell(programs, net, 7), rows, np.asarray, clock)
+    assert record["skipped"] == {}
+    assert tuple(record["timings"]) == ON_NUMPY
+    for timing in record["timings"].values():
+        assert timing["error"] < 1e-5
+        assert timing["median"] > 0
+    json.dumps(record)
+
+
+def test_several_outputs_with_a_squared_error(programs, clock, monkeypatch):
+    """The wide net's loss is summed over outputs, whatever torch's own mean divides by."""
+    net = programs.bench.NETS["2-10-5-1"]._replace(sizes=(3, 5, 4), activation="relu")
+    monkeypatch.setitem(programs.bench.NETS, net.name, net)
+    rows = on_numpy(programs, "float32")
+    record = programs.bench.measure(cell(programs, net.name, 7), rows, np.asarray, clock)
+    assert record["skipped"] == {}
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_the_others_in_bfloat16(programs, clock, library):
+    pytest.importorskip(library)
+    rows = on_numpy(programs, "bfloat16", names=(library,))
+    one = cell(programs, "64-64-64-1", 100, "bfloat16")
+    record = programs.bench.measure(one, rows, np.asarray, clock)
+    assert record["skipped"] == {}
+    assert 1e-4 < record["timings"][library]["error"] < 0.2
+
+
+def test_ours_refuse_what_the_library_does_not_do(programs, clock):
+    rows = on_numpy(programs, "tf32", names=("prepared", "call", "derivation", "tiny"))
+    record = programs.bench.measure(
+        cell(programs, "64-64-64-1", 2, "tf32"), rows, np.asarray, clock
+    )
+    assert record["timings"] == {}
+    assert len(record["skipped"]) == 4
+    assert "precision='tf32'" in record["skipped"]["prepared"]
+
+
+def test_a_wrong_answer_is_not_timed(programs, clock):
+    def build(task):
+        expected = programs.bench.reference(task)
+        wrong = Answer(expected.loss, [1.01 * g for g in expected.grads])
+        return Ready(lambda: wrong, lambda answer: answer)
+
+    rows = [Contender("wrong", "", "", build), *on_numpy(programs, "float32", ("call",))]
+    record = programs.bench.measure(cell(programs, "2-10-5-1", 5), rows, np.asarray, clock)
+    assert list(record["timings"]) == ["call"]
+    assert "wrong answer: off by 0.01" in record["skipped"]["wrong"]
+
+
+def test_nothing_is_begun_when_the_time_is_up(programs, clock):
+    over = iter([False, True])
+    freed = []
+    record = programs.bench.measure(
+        cell(programs, "2-10-5-1", 5),
+        on_numpy(programs, "float32", ("prepared", "call")),
+        np.asarray,
+        clock,
+        lambda: next(over),
+        lambda: freed.append(True),
+    )
+    assert list(record["timings"]) == ["prepared"]
+    assert record["skipped"] == {"call": "the time was up"}
+    assert freed == [True]
+
+
+def test_the_reference_adds_up_blocks(programs):
+    task = programs.bench.make_task(cell(programs, "784-128-64-10", 7), np.asarray)
+    whole, blocks = programs.bench.reference(task), programs.bench.reference(task, block=3)
+    assert whole.loss == pytest.approx(blocks.loss, rel=1e-14)
+    for A, B in zip(whole.grads, blocks.grads, strict=True):
+        np.testing.assert_allclose(A, B, rtol=1e-10, atol=1e-15)
+
+
+# Results -----------------------------------------------------------------------------------------
+
+
+def made_up(programs, **medians):
+    record = {"net": "2-10-5-1", "n": 10_000_000, "precision": "float32", "skipped": {}}
+    record["timings"] = {name: {"median": median} for name, median in medians.items()}
+    return programs.bench.with_figures(record, programs.limits)
+
+
+def test_figures_of_a_cell(programs):
+    medians = {"prepared": 1e-3, "bound": 5e-4, "torch": 12e-3, "torch_graph": 9e-3}
+    record = made_up(programs, **medians, jax=1e-9)
+    assert record["ratios"] == pytest.approx({"torch": 12, "best_torch": 18})
+    ours = record["timings"]["prepared"]
+    assert ours["GB/s"] == pytest.approx((12e7 + 728) / 1e-3 / 1e9)
+    assert ours["TFLOP/s"] == pytest.approx(4.1)
+    assert ours["of_floor"] == pytest.approx(record["floor"] / 1e-3)
+    assert record["floor"] == pytest.approx(410e7 / 50e12)
+
+
+@pytest.mark.parametrize(
+    ("eager", "graph", "expected"),
+    [(17, 15, "aim reached"), (17, 9, "reached"), (9, 9, "missed"), (17, 7, "missed")],
+)
+def test_verdicts(programs, eager, graph, expected):
+    record = made_up(programs, prepared=1e-3, torch=eager * 1e-3, torch_graph=graph * 1e-3)
+    line = programs.bench.table([record]).splitlines()[-1]
+    assert line.endswith(f"| 10x, 8x: {expected} |")
+
+
+def test_records_of_one_cell_are_joined(programs):
+    first = made_up(programs, prepared=1e-3, torch=17e-3)
+    second = made_up(programs, torch_compile=15e-3)
+    second["skipped"] = {"torch_autotune": "the time was up"}
+    record = programs.bench.with_figures(programs.bench.joined(first, second), programs.limits)
+    assert list(record["timings"]) == ["prepared", "torch", "torch_compile"]
+    assert record["skipped"] == second["skipped"]
+    assert record["ratios"] == pytest.approx({"torch": 17, "best_torch": 15})
+    assert programs.bench.joined(None, first) is first
+
+
+def test_a_cell_without_ours_is_not_measured(programs):
+    record = made_up(programs, torch=1e-3)
+    head, rule, line = programs.bench.table([record]).splitlines()
+    assert head.count("|") == rule.count("|") == line.count("|")
+    assert line == ("| 2-10-5-1 | 10000000 | float32 | 1000 | – | – | – | 10x, 8x: not measured |")

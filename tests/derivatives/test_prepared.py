@@ -1,0 +1,468 @@
+"""The prepared call: the bits of compute_grads for any batch that fits, and every refusal."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from oracles import LOSSES, make_problem
+
+from mlp_backprop import Layer, compute_grads, prepare_grads
+from mlp_backprop.edge import backends
+from mlp_backprop.engines import choice
+from mlp_backprop.engines.cuda import engine
+from mlp_backprop.engines.cuda.arrays import Arguments
+from mlp_backprop.types import flat
+
+
+def prepare(problem, n=7, **options):
+    options = problem.options | options
+    del options["sample_weight"]
+    return prepare_grads(problem.params, n=n, **options)
+
+
+def call(grad_fn, problem, **out):
+    weight = problem.options["sample_weight"]
+    return grad_fn(problem.params, problem.X, problem.y, weight, **out)
+
+
+def bind(grad_fn, problem):
+    return grad_fn.bind(problem.params, problem.X, problem.y, problem.options["sample_weight"])
+
+
+def run(problem, **options):
+    return compute_grads(problem.params, problem.X, problem.y, **problem.options | options)
+
+
+def first_rows(problem, n):
+    weight = problem.options["sample_weight"]
+    options = problem.options | {"sample_weight": None if weight is None else weight[:n]}
+    return problem._replace(X=problem.X[:n, ...], y=problem.y[:n, ...], options=options)
+
+
+def arrays_of(result):
+    return [result.loss, *flat(result.grads)]
+
+
+def assert_same_bits(got, expected, numpy=np.asarray):
+    assert got._fields == expected._fields
+    for A, B in zip(arrays_of(got), arrays_of(expected), strict=True):
+        assert type(A) is type(B)
+        assert A.dtype == B.dtype
+        assert_array_equal(numpy(A), numpy(B))
+
+
+# The same answers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("weighted", "reduction"), [(False, "sum"), (True, "mean")])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_equals_compute_grads_on_every_library(loss, weighted, reduction, backend):
+    problem = make_problem(loss=loss, weighted=weighted).map(backend.array)
+    got = call(prepare(problem, reduction=reduction), problem)
+    assert_same_bits(got, run(problem, reduction=reduction), backend.numpy)
+    assert all(type(layer) is Layer for layer in got.grads)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [1, 100, 5000, 100_000])
+def test_equals_compute_grads_over_many_tiles(n, dtype):
+    problem = make_problem((2, 10, 5, 1), n, dtype=dtype, weighted=n > 1)
+    assert_same_bits(call(prepare(problem, n), problem), run(problem))
+
+
+def test_any_number_of_rows_in_any_order(backend):
+    problem = make_problem(n=20, weighted=True).map(backend.array)
+    grad_fn = prepare(problem, 20)
+    for n in (3, 20, 2, 20, 3):
+        rows = first_rows(problem, n)
+        assert_same_bits(call(grad_fn, rows), run(rows), backend.numpy)
+
+
+def test_no_rows_sum_to_zero(backend):
+    problem = make_problem(n=0).map(backend.array)
+    result = call(prepare(problem, 0, reduction="sum"), problem)
+    assert_same_bits(result, run(problem, reduction="sum"), backend.numpy)
+    assert backend.numpy(result.loss) == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_other_parameters_of_the_same_shapes(dtype):
+    grad_fn = prepare(make_problem(dtype=dtype))
+    for seed in range(3):
+        problem = make_problem(dtype=dtype, seed=seed)
+        assert_same_bits(call(grad_fn, problem), run(problem))
+
+
+def test_tuples_lists_and_integers_are_taken_as_by_compute_grads():
+    problem = make_problem()
+    expected = run(problem)
+    grad_fn = prepare(problem)
+    for params in (tuple(problem.params), [Layer(W, b) for W, b in problem.params]):
+        assert_same_bits(call(grad_fn, problem._replace(params=params)), expected)
+    listed = problem.map(lambda A: A.tolist())
+    assert_same_bits(call(grad_fn, listed), expected)
+    assert_same_bits(call(prepare(listed), listed), expected)
+    whole = problem._replace(X=np.arange(21).reshape(7, 3), y=np.arange(28).reshape(7, 4))
+    assert_same_bits(call(grad_fn, whole), run(whole))
+
+
+def test_numpy_arrays_for_a_named_backend():
+    pytest.importorskip("torch")
+    problem = make_problem()
+    got = call(prepare(problem, backend="torch"), problem)
+    assert_same_bits(got, run(problem, backend="torch"))
+
+
+# Results -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sizes", [(2, 10, 5, 1), (70, 3, 2), (70, 2)])
+@pytest.mark.parametrize("n", [5, 5000])
+def test_results_stay_as_they_were(n, sizes, dtype, reduction):
+    problem = make_problem(sizes, n, dtype=dtype)
+    grad_fn = prepare(problem, n, reduction=reduction)
+    first = call(grad_fn, problem)
+    kept = [np.copy(A) for A in arrays_of(first)]
+    second = call(grad_fn, make_problem(sizes, n, dtype=dtype, seed=1))
+    for A, B in zip(arrays_of(first), kept, strict=True):
+        assert_array_equal(A, B)
+    for A, B in zip(flat(first.grads), flat(second.grads), strict=True):
+        assert not np.shares_memory(A, B)
+
+
+def test_results_may_be_changed():
+    problem = make_problem()
+    grad_fn = prepare(problem)
+    expected = run(problem)
+    for _ in range(2):
+        got = call(grad_fn, problem)
+        assert_same_bits(got, expected)
+        for A in flat(got.grads):
+            A[...] = np.nan
+
+
+def writeable(backend):
+    if backend.name == "jax":
+        pytest.skip("JAX arrays cannot be written to")
+    return backend
+
+
+def test_out_is_written_to_and_returned(backend):
+    backend = writeable(backend)
+    problem = make_problem().map(backend.array)
+    out = [
+        tuple(backend.array(np.full(A.shape, np.nan)) for A in layer) for layer in problem.params
+    ]
+    result = call(prepare(problem), problem, out=out)
+    for A, B in zip(flat(result.grads), flat(out), strict=True):
+        assert A is B
+    assert_same_bits(result, run(problem), backend.numpy)
+    assert all(type(layer) is Layer for layer in result.grads)
+
+
+def test_out_may_be_the_parameters(backend):
+    backend = writeable(backend)
+    problem = make_problem().map(backend.array)
+    expected = run(problem)
+    assert_same_bits(call(prepare(problem), problem, out=problem.params), expected, backend.numpy)
+    for A, B in zip(flat(problem.params), flat(expected.grads), strict=True):
+        assert_array_equal(backend.numpy(A), backend.numpy(B))
+
+
+def test_out_may_be_views():
+    problem = make_problem()
+    everything = np.zeros(100)
+    out, end = [], 0
+    for W, b in problem.params:
+        start, middle, end = end, end + W.size, end + W.size + b.size
+        out.append((everything[start:middle].reshape(W.shape), everything[middle:end]))
+    call(prepare(problem), problem, out=out)
+    flattened = [A.ravel() for A in flat(run(problem).grads)]
+    assert_array_equal(everything[:end], np.concatenate(flattened))
+    assert_array_equal(everything[end:], 0)
+
+
+# Bound to arrays ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_bound_call_equals_compute_grads_on_every_library(loss, weighted, backend):
+    problem = make_problem(loss=loss, weighted=weighted).map(backend.array)
+    bound = bind(prepare(problem), problem)
+    for _ in range(2):
+        assert_same_bits(bound(), run(problem), backend.numpy)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+@pytest.mark.parametrize(("sizes", "n"), [((3, 5, 4), 7), ((2, 10, 5, 1), 100_000), ((70, 4), 30)])
+def test_a_bound_call_reads_what_the_arrays_hold_by_then(sizes, n, name, reduction):
+    if name == "numba":
+        pytest.importorskip("numba")
+    problem = make_problem(sizes, n, weighted=True, dtype=np.float32)
+    options = {"backend": name, "reduction": reduction}
+    bound = bind(prepare(problem, n, **options), problem)
+    for seed in (1, 2):
+        other = make_problem(sizes, n, weighted=True, dtype=np.float32, seed=seed)
+        changed = [*flat(problem.params), problem.X, problem.y, problem.options["sample_weight"]]
+        new = [*flat(other.params), other.X, other.y, other.options["sample_weight"]]
+        for array, values in zip(changed, new, strict=True):
+            array[...] = values
+        assert_same_bits(bound(), run(other, **options))
+
+
+def test_the_prepared_call_and_bound_ones_may_alternate():
+    pytest.importorskip("numba")
+    problems = [make_problem(seed=seed) for seed in range(3)]
+    grad_fn = prepare(problems[0], backend="numba")
+    calls = [
+        *(bind(grad_fn, problem) for problem in problems[:2]),
+        lambda: call(grad_fn, problems[2]),
+    ]
+    for k in (0, 1, 2, 0, 2, 1, 0):
+        assert_same_bits(calls[k](), run(problems[k], backend="numba"))
+
+
+def test_values_are_looked_at_in_every_bound_call():
+    problem = make_problem(loss="softmax_cross_entropy", weighted=True)
+    bound = bind(prepare(problem), problem)
+    expected = run(problem)
+    problem.y[1] = 4
+    with pytest.raises(ValueError, match="class indices from 0 to 3"):
+        bound()
+    problem.y[1] = -1
+    with pytest.raises(ValueError, match="class indices from 0 to 3"):
+        bound()
+    problem.y[...] = make_problem(loss="softmax_cross_entropy", weighted=True).y
+    assert_same_bits(bound(), expected)
+    problem.options["sample_weight"][0] = -1
+    with pytest.raises(ValueError, match="weights that are not negative"):
+        bound()
+
+
+def test_infinities_in_a_bound_call_are_no_warnings():
+    pytest.importorskip("numba")
+    problem = make_problem()
+    for name in ("numpy", "numba"):
+        bound = bind(prepare(problem, backend=name), problem)
+        problem.X[0] = np.inf
+        assert np.isnan(bound().grads[0].W).any()
+        problem.X[0] = 1
+
+
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+def test_a_call_is_bound_to_arrays_not_to_the_list_of_them(name):
+    if name == "numba":
+        pytest.importorskip("numba")
+    problem = make_problem()
+    bound, expected = bind(prepare(problem, backend=name), problem), run(problem, backend=name)
+    problem.params[0] = (np.zeros(1), np.zeros(1))
+    assert_same_bits(bound(), expected)
+
+
+def test_lists_are_read_when_they_are_bound():
+    problem = make_problem().map(lambda A: A.tolist())
+    bound, expected = bind(prepare(problem), problem), run(problem)
+    problem.X[0][0] = 1e3
+    assert_same_bits(bound(), expected)
+
+
+# Refused -----------------------------------------------------------------------------------------
+
+
+def assert_refused(grad_fn, problem, error, message, **out):
+    """Refused with the message; the next call is right again."""
+    with pytest.raises(error, match=message):
+        call(grad_fn, problem, **out)
+    if not out:
+        with pytest.raises(error, match=message):
+            bind(grad_fn, problem)
+    for good in (make_problem(), make_problem(weighted=True)):
+        assert_same_bits(call(grad_fn, good), run(good))
+
+
+@pytest.mark.parametrize("n", [-1, 1.0, "7", None, True])
+def test_n_must_be_a_number_of_rows(n):
+    with pytest.raises(ValueError, match=r"n must be an integer, 0 or more: .* got"):
+        prepare(make_problem(), n)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loss": "huge"}, {"activation": "tan"}, {"reduction": "none"}, {"backend": "tf"}],
+)
+def test_names_are_checked_when_preparing(options):
+    with pytest.raises(ValueError, match="unknown"):
+        prepare(make_problem(), **options)
+
+
+@pytest.mark.parametrize(
+    ("problem", "error", "message"),
+    [
+        (make_problem(n=8), ValueError, "prepared for up to 7 rows, X has 8"),
+        (make_problem((3, 5, 2, 1)), ValueError, "prepared for numpy.* 3-5-2-4; .* 3-5-2-1"),
+        (make_problem((2, 5, 2, 4)), ValueError, "prepared for .* 3-5-2-4; .* 2-5-2-4"),
+        (make_problem((3, 5, 4)), ValueError, "prepared for .* 3-5-2-4; .* 3-5-4"),
+        (make_problem(dtype=np.float32), ValueError, "prepared for .*float64.*; .*float32"),
+        (make_problem(n=0), ValueError, "no rows"),
+    ],
+)
+def test_another_problem(problem, error, message):
+    assert_refused(prepare(make_problem()), problem, error, message)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"X": np.zeros((7, 4))}, ValueError, "X has 4 columns"),
+        ({"X": np.zeros(7)}, ValueError, "X must have two dimensions"),
+        ({"X": np.array(1.0)}, ValueError, "X must have two dimensions"),
+        ({"X": np.zeros((7, 3), np.float32)}, TypeError, "X has dtype float32"),
+        ({"X": np.zeros((7, 3), complex)}, TypeError, "X must hold real numbers"),
+        ({"y": np.zeros(7)}, ValueError, "y must have shape"),
+        ({"y": np.zeros((7, 1))}, ValueError, "y must have shape"),
+        ({"y": np.zeros((6, 4))}, ValueError, "X has 7 rows, y has 6"),
+        ({"y": np.zeros((7, 4), np.float32)}, TypeError, "y has dtype float32"),
+        ({"params": []}, ValueError, "params is empty"),
+        ({"params": [1.0, 2.0, 3.0]}, TypeError, "layer 1 must be a pair"),
+        ({"params": None}, TypeError, "params must be a sequence"),
+    ],
+)
+def test_arrays_that_do_not_fit(changed, error, message):
+    assert_refused(prepare(make_problem()), make_problem()._replace(**changed), error, message)
+
+
+def test_one_output_is_never_broadcast():
+    problem = make_problem((3, 5, 1))
+    with pytest.raises(ValueError, match=r"pass y\[:, None\]"):
+        call(prepare(problem), problem._replace(y=problem.y[:, 0]))
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (-np.ones(7), ValueError, "weights that are not negative"),
+        (np.zeros(7), ValueError, "all zero"),
+        (np.ones(6), ValueError, "sample_weight must have shape"),
+        (np.ones((7, 1)), ValueError, "sample_weight must have shape"),
+        (np.ones(7, np.float32), TypeError, "sample_weight has dtype float32"),
+    ],
+)
+def test_bad_weights(weight, error, message):
+    problem = make_problem()
+    problem.options["sample_weight"] = weight
+    assert_refused(prepare(problem), problem, error, message)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.uint8, np.uint64])
+@pytest.mark.parametrize("label", [4, 100, -1, -100])
+def test_labels_out_of_range(label, dtype):
+    problem = make_problem(loss="softmax_cross_entropy")
+    grad_fn = prepare(problem)
+    y = problem.y.astype(dtype)
+    assert_same_bits(call(grad_fn, problem._replace(y=y)), run(problem))
+    y[5] = np.array(label).astype(dtype)
+    with pytest.raises(ValueError, match=r"class indices from 0 to 3, got .* at \[5\]"):
+        call(grad_fn, problem._replace(y=y))
+    assert_same_bits(call(grad_fn, problem), run(problem))
+
+
+def test_labels_must_be_integers():
+    problem = make_problem(loss="softmax_cross_entropy")
+    with pytest.raises(TypeError, match="class indices must be integers"):
+        call(prepare(problem), problem._replace(y=problem.y.astype(float)))
+
+
+@pytest.mark.parametrize("value", [-1e-9, 1.0000001, 2])
+def test_probabilities_out_of_range(value):
+    problem = make_problem(loss="binary_cross_entropy")
+    grad_fn = prepare(problem)
+    problem.y[3, 1] = value
+    with pytest.raises(ValueError, match=r"probabilities from 0 to 1, got .* at \[3, 1\]"):
+        call(grad_fn, problem)
+
+
+def test_another_library():
+    torch = pytest.importorskip("torch")
+    problem = make_problem()
+    tensors = problem.map(torch.tensor)
+    assert_refused(prepare(problem), tensors, ValueError, "prepared for numpy .* are torch")
+    with pytest.raises(ValueError, match=r"prepared for torch .* are numpy"):
+        call(prepare(tensors), problem)
+    mixed = problem._replace(X=tensors.X)
+    assert_refused(prepare(problem), mixed, TypeError, "X a torch array")
+
+
+GOOD = make_problem().params
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (GOOD[:2], ValueError, "out must be a list of"),
+        ([*GOOD, GOOD[0]], ValueError, "out must be a list of"),
+        ([(W.T, b) for W, b in GOOD], ValueError, "out must be a list of"),
+        ([(W, b[:, None]) for W, b in GOOD], ValueError, "out must be a list of"),
+        ([(W.astype("f4"), b) for W, b in GOOD], ValueError, "out must be a list of"),
+        ([(W.tolist(), b.tolist()) for W, b in GOOD], ValueError, "out must be a list of"),
+        ([W for W, _ in GOOD], TypeError, "layer 1 .*must be a pair"),
+        (GOOD[0][0], TypeError, "must be a sequence"),
+    ],
+)
+def test_an_out_that_does_not_fit(out, error, message):
+    assert_refused(prepare(make_problem()), make_problem(), error, message, out=out)
+
+
+def test_an_out_that_cannot_be_written_to():
+    out = [(W.copy(), b.copy()) for W, b in GOOD]
+    out[1][1].flags.writeable = False
+    before = [np.copy(A) for A in flat(out)]
+    assert_refused(
+        prepare(make_problem()), make_problem(), ValueError, "cannot be written", out=out
+    )
+    for A, B in zip(flat(out), before, strict=True):
+        assert_array_equal(A, B)
+
+
+def test_jax_arrays_cannot_be_out():
+    jax = pytest.importorskip("jax")
+    problem = make_problem().map(jax.numpy.array)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        call(prepare(problem), problem, out=problem.params)
+    with pytest.raises(ValueError, match="out must be a list of"):
+        call(prepare(problem), problem, out=GOOD)
+
+
+# On a GPU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("container", [list, tuple])  # the short way through, and the long one
+def test_on_cupy_values_are_not_looked_at(monkeypatch, container, weighted):
+    """Which would wait for the device. Played by NumPy; shapes are checked all the same."""
+    problem = make_problem(loss="softmax_cross_entropy", weighted=weighted)
+    problem = problem._replace(params=container(problem.params))
+    expected = run(problem)
+    monkeypatch.setattr(backends, "library_name", lambda xp: "cupy")
+
+    def plan(spec, n, *_):
+        run = engine.derivation(spec, n)
+        return choice.Pass(
+            lambda *arrays: run(Arguments(*arrays[:4], arrays[4] == "mean", arrays[5]))
+        )
+
+    monkeypatch.setattr(choice, "plan", plan)
+    grad_fn = prepare(problem, precision="float32")
+    assert call(grad_fn, problem).loss == pytest.approx(expected.loss)
+    problem.y[1] = 4
+    if weighted:
+        problem.options["sample_weight"][0] = -1
+    with pytest.raises(ValueError, match="class indices from 0 to 3"):
+        run(problem)
+    assert np.isnan(call(grad_fn, problem).loss)
+    with pytest.raises(ValueError, match="X has 4 columns"):
+        call(grad_fn, problem._replace(X=np.zeros((7, 4))))
+    with pytest.raises(ValueError, match="no rows"):
+        call(grad_fn, first_rows(problem, 0))

@@ -1,0 +1,457 @@
+"""The CuPy engine's choices without a device: tiers, streams, devices, memory, where results go.
+
+CuPy is played by NumPy arrays that say where they lie. test_cupy_device.py runs on a card.
+"""
+
+import sys
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from oracles import assert_grads_close, make_problem
+
+from mlp_backprop import backprop
+from mlp_backprop.activations import ACTIVATIONS
+from mlp_backprop.edge import rules, validation
+from mlp_backprop.engines.cuda import engine
+from mlp_backprop.engines.cuda.arrays import Arguments
+from mlp_backprop.losses import LOSSES
+from mlp_backprop.types import Layer, flat
+
+# A card, played by the host ----------------------------------------------------------------------
+
+
+class Device:
+    """A card that knows when it is the current one."""
+
+    mem_info = (3e9, 8e9)
+
+    def __init__(self, card, index):
+        self.card, self.id = card, index
+
+    def __enter__(self):
+        self.card.current.append(self.id)
+
+    def __exit__(self, *error):
+        self.card.current.pop()
+
+    def __str__(self):
+        return f"<CUDA Device {self.id}>"
+
+
+class Array(np.ndarray):
+    """On device 0, unless `place` says otherwise."""
+
+    device_id, card = 0, None
+
+    def __array_finalize__(self, source):
+        self.device_id = getattr(source, "device_id", 0)
+        self.card = getattr(source, "card", None)
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.ctypes.data, device_id=self.device_id)
+
+    @property
+    def device(self):
+        return Device(self.card, self.device_id)
+
+
+class OutOfMemoryError(MemoryError):
+    """As CuPy's."""
+
+
+class Card:
+    """What the engine asks of CuPy, and what happened."""
+
+    def __init__(self):
+        self.current = [0]
+        self.stream = 0
+        self.freed = 0
+
+    def array(self, values, device_id=0):
+        values = np.asarray(values)
+        array = Array(values.shape, values.dtype)
+        array[...] = values
+        array.device_id, array.card = device_id, self
+        return array
+
+    def free_all_blocks(self):
+        self.freed += 1
+
+    @property
+    def module(self):
+        return SimpleNamespace(
+            cuda=SimpleNamespace(
+                get_current_stream=lambda: SimpleNamespace(ptr=self.stream),
+                runtime=SimpleNamespace(getDevice=lambda: self.current[-1]),
+                memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+            ),
+            get_default_memory_pool=lambda: self,
+        )
+
+
+@pytest.fixture
+def card(monkeypatch):
+    card = Card()
+    monkeypatch.setitem(sys.modules, "cupy", card.module)
+    return card
+
+
+def placed(card, problem, device_id=0):
+    """The arguments of a run, on the card."""
+    options = problem.options | {"reduction": "sum", "backend": None}
+    spec, params, *data = validation.problem(problem.params, problem.X, problem.y, **options)
+    params = [Layer(card.array(W, device_id), card.array(b, device_id)) for W, b in params]
+    X, y, weight = (None if A is None else card.array(A, device_id) for A in data)
+    return spec, (params, X, y, weight)
+
+
+class Tier:
+    """A tier whose plans run the derivation and note their calls; each has a workspace."""
+
+    def __init__(self, card, covers=True, fails=0):
+        self.card, self.covers, self.fails = card, covers, fails
+        self.plans, self.calls = [], []
+        self.n_workspaces = 0
+
+    def prepare(self, spec, n, precision):
+        if not self.covers:
+            return None
+        self.plans.append((n, precision, self.card.current[-1], self.card.stream))
+        workspace = self.card.array(np.zeros(n))
+        self.n_workspaces += 1
+        weakref.finalize(workspace, self._gone)
+        derivation = engine.derivation(spec, n)
+
+        def run(arguments):
+            self.calls.append((len(workspace), self.card.current[-1]))
+            if self.fails:
+                self.fails -= 1
+                raise OutOfMemoryError("out of memory")
+            assert all(A.flags.c_contiguous for A in flat(arguments.out or []))
+            return derivation(arguments)
+
+        return run
+
+    def _gone(self):
+        self.n_workspaces -= 1
+
+
+PROBLEM = make_problem(sizes=(3, 4, 2), n=7, weighted=True)
+
+
+def run_derivation(problem, reduction):
+    options = problem.options | {"reduction": reduction, "backend": None}
+    spec, *arrays = validation.problem(problem.params, problem.X, problem.y, **options)
+    return backprop.reduced(spec, backprop.loss_and_grad_sums(spec, *arrays), reduction)
+
+
+def assert_right(results, problem=PROBLEM, reduction="sum"):
+    loss, grads = run_derivation(problem, reduction)
+    assert results[0] == pytest.approx(loss, rel=1e-13)
+    assert_grads_close(results[1], grads, 1e-13)
+
+
+# Tiers -------------------------------------------------------------------------------------------
+
+
+def test_the_first_tier_that_covers_the_problem_runs(card, monkeypatch):
+    tiers = Tier(card, covers=False), Tier(card), Tier(card)
+    monkeypatch.setattr(engine, "TIERS", tiers)
+    spec, arrays = placed(card, PROBLEM)
+    run = engine.prepare(spec, 7, "tf32")
+    for reduction in ("sum", "mean"):
+        assert_right(run(*arrays, reduction), reduction=reduction)
+    assert [tier.plans for tier in tiers] == [[], [(7, "tf32", 0, 0)], []]
+    assert len(tiers[1].calls) == 2
+
+
+def test_what_no_tier_covers_runs_the_derivation(card, monkeypatch):
+    monkeypatch.setattr(engine, "TIERS", (Tier(card, covers=False),))
+    spec, arrays = placed(card, PROBLEM)
+    assert_right(engine.prepare(spec, 7, "float32")(*arrays, "sum"))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 3, 100])
+def test_the_derivation_takes_so_many_rows_at_a_time(n, weighted):
+    problem = make_problem(sizes=(3, 4, 2), n=7, weighted=weighted)
+    options = problem.options | {"reduction": "sum", "backend": None}
+    spec, *arrays = validation.problem(problem.params, problem.X, problem.y, **options)
+    run = engine.derivation(spec, n)
+    assert_right(run(Arguments(*arrays, False, None)), problem)
+    assert_right(run(Arguments(*arrays, True, None)), problem, "mean")
+
+
+def test_the_derivation_of_no_rows():
+    problem = make_problem(sizes=(3, 4, 2), n=0)
+    options = problem.options | {"reduction": "sum", "backend": None}
+    spec, *arrays = validation.problem(problem.params, problem.X, problem.y, **options)
+    loss, grads = engine.derivation(spec, 0)(Arguments(*arrays, False, None))
+    assert not any(A.any() for A in (loss, *flat(grads)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "outside"),
+    [(np.int8, [-1]), (np.uint8, [200, 255]), (np.int64, [-1, 200, 2**40])],
+)
+def test_the_derivation_marks_labels_out_of_range(dtype, outside):
+    problem = make_problem(sizes=(3, 200), n=5, loss="softmax_cross_entropy")
+    options = problem.options | {"reduction": "sum", "backend": None}
+    spec, params, X, y, _ = validation.problem(problem.params, problem.X, problem.y, **options)
+    run = engine.derivation(spec, 5)
+    y = (y % 100).astype(dtype)
+
+    def loss_of(y):
+        return run(Arguments(params, X, y, None, False, None))[0]
+
+    right = loss_of(y)
+    assert right == backprop.loss_and_grad_sums(spec, params, X, y, None).loss
+    for label in outside:
+        y_wrong = y.copy()
+        y_wrong[3] = label
+        assert np.isnan(loss_of(y_wrong))
+    assert loss_of(np.eye(200)[y]) == pytest.approx(right)
+
+
+# Devices, streams, memory ------------------------------------------------------------------------
+
+
+def test_a_plan_for_each_device_and_stream(card, monkeypatch):
+    tier = Tier(card)
+    monkeypatch.setattr(engine, "TIERS", (tier,))
+    spec, arrays = placed(card, PROBLEM)
+    _, on_one = placed(card, PROBLEM, device_id=1)
+    run = engine.prepare(spec, 9, "float32")
+    for stream, here in ((0, arrays), (5, arrays), (0, on_one), (5, arrays), (0, arrays)):
+        card.stream = stream
+        assert_right(run(*here, "sum"))
+    assert tier.plans == [(9, "float32", 0, 0), (9, "float32", 0, 5), (9, "float32", 1, 0)]
+    assert [device for _, device in tier.calls] == [0, 0, 1, 0, 0]
+    assert card.current == [0]
+    assert tier.n_workspaces == 3
+
+
+def test_streams_that_come_and_go_leave_no_plans_behind(card, monkeypatch):
+    tier = Tier(card)
+    monkeypatch.setattr(engine, "TIERS", (tier,))
+    spec, arrays = placed(card, PROBLEM)
+    run = engine.prepare(spec, 7, "float32")
+    for card.stream in range(30):
+        assert_right(run(*arrays, "sum"))
+        assert tier.n_workspaces <= engine.MOST_PLANS
+
+
+def test_devices_are_not_mixed(card, monkeypatch):
+    monkeypatch.setattr(engine, "TIERS", (Tier(card),))
+    spec, (params, X, y, weight) = placed(card, PROBLEM)
+    run = engine.prepare(spec, 7, "float32")
+    there = card.array(y, device_id=1)
+    with pytest.raises(ValueError, match="CUDA devices 0 and 1: move all to one device first"):
+        run(params, X, there, weight, "sum")
+    with pytest.raises(ValueError, match="devices 0 and 3"):
+        run(params, X, y, card.array(weight, device_id=3), "sum")
+    W, b = params[1]
+    b_there = card.array(b, device_id=2)
+    with pytest.raises(ValueError, match="devices 0 and 2"):
+        run([params[0], Layer(W, b_there)], X, y, weight, "sum")
+    with pytest.raises(ValueError, match="devices 0 and 2"):
+        run(params, X, y, weight, "sum", [params[0], Layer(W, b_there)])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_short_of_memory_the_rows_are_halved_once(card, monkeypatch, n, weighted):
+    tier = Tier(card, fails=1)
+    monkeypatch.setattr(engine, "TIERS", (tier,))
+    problem = make_problem(sizes=(3, 4, 2), n=n, weighted=weighted)
+    spec, arrays = placed(card, problem)
+    run = engine.prepare(spec, n, "float32")
+
+    def free_all_blocks():
+        assert tier.n_workspaces == 0  # else the pool could not free it
+        card.freed += 1
+
+    card.free_all_blocks = free_all_blocks
+    half = -(-n // 2)
+    assert_right(run(*arrays, "mean"), problem, "mean")
+    assert_right(run(*arrays, "sum"), problem)  # the next call begins with halves
+    assert [rows for rows, _ in tier.calls] == [n, half, half]
+    assert card.freed == 1
+    assert [rows for rows, *_ in tier.plans] == [n, half]
+
+
+def test_twice_short_of_memory(card, monkeypatch):
+    monkeypatch.setattr(engine, "TIERS", (Tier(card, fails=2),))
+    spec, arrays = placed(card, PROBLEM)
+    run = engine.prepare(spec, 7, "float32")
+    message = r"3\.0 of 8\.0 GB are free on <CUDA Device 0>, .* 4 rows at a time of widths 3-4-2"
+    with pytest.raises(MemoryError, match=message) as caught:
+        run(*arrays, "sum")
+    assert isinstance(caught.value.__cause__, OutOfMemoryError)
+    assert_right(run(*arrays, "sum"))  # and is still of use when there is memory again
+
+
+# Where results go --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["C", "F"])  # written by the tier, and copied
+def test_gradients_are_written_to_out(card, monkeypatch, order):
+    monkeypatch.setattr(engine, "TIERS", (Tier(card),))
+    spec, arrays = placed(card, PROBLEM)
+    out = [
+        Layer(np.full_like(W, np.nan, order=order), np.full_like(b, np.nan)) for W, b in arrays[0]
+    ]
+    results = engine.prepare(spec, 7, "float32")(*arrays, "mean", out)
+    assert results[1] is out
+    assert_right(results, reduction="mean")
+
+
+# Bound to arrays ---------------------------------------------------------------------------------
+
+
+class BindingTier(Tier):
+    """A tier that can make up its launches beforehand."""
+
+    def __init__(self, card, refuses=False):
+        super().__init__(card)
+        self.refuses, self.n_bound = refuses, 0
+
+    def prepare(self, spec, n, precision):
+        return BoundRun(self, super().prepare(spec, n, precision))
+
+
+class BoundRun:
+    def __init__(self, tier, run):
+        self.tier, self.run = tier, run
+
+    def __call__(self, arguments):
+        return self.run(arguments)
+
+    def bound(self, arguments):
+        self.tier.n_bound += 1
+        return None if self.tier.refuses else lambda: self.run(arguments)
+
+
+FLOAT32 = make_problem(sizes=(3, 4, 2), n=8, weighted=True, dtype=np.float32)
+
+
+def bound_to(card, monkeypatch, tier, change=lambda arrays: arrays):
+    monkeypatch.setattr(engine, "TIERS", (tier,))
+    spec, arrays = placed(card, FLOAT32)
+    arrays = change(arrays)
+    return arrays, engine.prepare(spec, 8, "float32").bound(*arrays, "mean")
+
+
+def assert_follows_the_arrays(arrays, call):
+    params, X, *_ = arrays
+    for factor in (1, 2, 3):
+        X[...] = factor * FLOAT32.X
+        params[0].W[...] = factor * FLOAT32.params[0][0]
+        (W, b), last = FLOAT32.params
+        problem = FLOAT32._replace(X=factor * FLOAT32.X, params=[(factor * W, b), last])
+        loss, grads = call()
+        expected = run_derivation(problem.astype(np.float64), "mean")
+        assert loss == pytest.approx(expected[0], rel=1e-5)
+        assert_grads_close(grads, expected[1], 1e-5)
+    assert all(A is B for A, B in zip(flat(grads), flat(call()[1]), strict=True))
+
+
+def test_launches_are_made_up_once(card, monkeypatch):
+    tier = BindingTier(card)
+    arrays, call = bound_to(card, monkeypatch, tier)
+    assert_follows_the_arrays(arrays, call)
+    assert tier.n_bound == 1
+    assert len(tier.plans) == 1
+
+
+def test_a_tier_that_cannot_is_called(card, monkeypatch):
+    tier = Tier(card)
+    assert_follows_the_arrays(*bound_to(card, monkeypatch, tier))
+    assert len(tier.plans) == 1
+
+
+def test_a_tier_may_refuse(card, monkeypatch):
+    tier = BindingTier(card, refuses=True)
+    assert_follows_the_arrays(*bound_to(card, monkeypatch, tier))
+    assert tier.n_bound == 1
+
+
+@pytest.mark.parametrize(("dtype", "n_bound"), [(np.int8, 0), (np.int32, 1), (np.int64, 1)])
+def test_labels_that_kernels_do_not_read_are_cast_at_every_call(card, monkeypatch, dtype, n_bound):
+    tier = BindingTier(card)
+    monkeypatch.setattr(engine, "TIERS", (tier,))
+    monkeypatch.setattr(engine, "derivation", lambda *_: lambda *_: (0.0, []))
+    problem = make_problem(sizes=(3, 4, 2), n=8, loss="softmax_cross_entropy", dtype=np.float32)
+    spec, (params, X, y, weight) = placed(card, problem)
+    y = card.array(y.astype(dtype))
+    engine.prepare(spec, 8, "float32").bound(params, X, y, weight, "sum")()
+    assert tier.n_bound == n_bound
+
+
+def shifted(card, A):
+    memory = card.array(np.zeros(A.size + 1, A.dtype))
+    view = memory[1:].reshape(A.shape)
+    view[...] = A
+    return view
+
+
+def test_what_kernels_cannot_read_as_it_lies_is_copied_at_every_call(card, monkeypatch):
+    def misaligned(arrays):
+        params, X, *rest = arrays
+        return params, shifted(card, X), *rest
+
+    def by_columns(arrays):
+        (first, *above), *rest = arrays
+        W = card.array(first.W.T.copy()).T
+        return [first._replace(W=W), *above], *rest
+
+    for change in (misaligned, by_columns):
+        tier = BindingTier(card)
+        assert_follows_the_arrays(*bound_to(card, monkeypatch, tier, change))
+        assert tier.n_bound == 0
+
+
+def test_on_another_stream_or_device_a_bound_call_has_another_workspace(card, monkeypatch):
+    tier = BindingTier(card)
+    arrays, call = bound_to(card, monkeypatch, tier)
+    card.stream = 5
+    assert_follows_the_arrays(arrays, call)
+    card.current = [1]
+    assert_follows_the_arrays(arrays, call)
+    assert tier.plans == [(8, "float32", 0, 0), (8, "float32", 0, 5)]
+    assert {device for _, device in tier.calls} == {0}
+
+
+# Which net goes where ----------------------------------------------------------------------------
+
+
+def first_tier(sizes, precision, dtype=np.float32, activation="tanh"):
+    names = [activation] * (len(sizes) - 2) + ["identity"]
+    rows = tuple(ACTIVATIONS[name] for name in names)
+    spec = backprop.Spec(np, sizes, np.dtype(dtype), rows, LOSSES["squared_error"])
+    tiers = (tier for tier in engine.TIERS if tier.specialise(spec, precision))
+    return next((tier.__name__.rpartition(".")[2] for tier in tiers), None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "precision", "tier"),
+    [
+        *(((2, 10, 5, 1), precision, "tiny") for precision in rules.PRECISIONS),
+        ((64, 64, 64, 1), "float32", "warp_tiles"),
+        ((64, 64, 64, 1), "tf32", "warp_tiles"),
+        ((64, 64, 64, 1), "bfloat16", "warp_tiles"),
+        ((64, 64, 64, 1), "float32_exact", "layers"),
+        *(((784, 128, 64, 10), precision, "layers") for precision in rules.PRECISIONS),
+        *(((4096,) * 5, precision, "layers") for precision in rules.PRECISIONS),
+    ],
+)
+def test_the_tier_of_a_net(sizes, precision, tier):
+    assert first_tier(sizes, precision) == tier
+
+
+def test_the_tier_of_a_dtype():
+    assert first_tier((2, 10, 5, 1), "float32", np.float64) == "layers"
+    assert first_tier((2, 10, 5, 1), "float32", np.float16) is None

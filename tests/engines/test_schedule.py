@@ -1,0 +1,74 @@
+"""The cut of a problem: what the engine and the determinism of its results rely on."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from mlp_backprop import init_params
+from mlp_backprop.edge import validation
+from mlp_backprop.engines import schedule, threads
+
+NARROW = [(1, 1), (2, 10, 5, 1), (8, 32, 32, 1), (64, 64, 64, 1), (3, 200, 2)]
+WIDE = [(784, 128, 64, 10), (784, 1024, 1024, 10), (4096, 512), (1, 2000, 2000, 1)]
+ROWS = [0, 1, 2, 255, 1024, 1025, 100_000, 1_000_000, 10_000_000]
+
+
+def spec_of(sizes, dtype=np.float32):
+    return validation.specification(
+        init_params(sizes, 0, dtype=dtype),
+        activation="sigmoid",
+        loss="squared_error",
+        reduction="sum",
+        backend=None,
+    )
+
+
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize("sizes", NARROW + WIDE)
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_chunks_are_whole_tiles_and_few(sizes, n, itemsize):
+    cut = schedule.make_schedule(spec_of(sizes), n, itemsize)
+    assert 1 <= cut.tile_rows <= max(1, n)
+    assert cut.chunk_rows % cut.tile_rows == 0
+    n_chunks = -(-n // cut.chunk_rows)
+    n_params = sum(a * b for a, b in pairwise(sizes))
+    assert n_chunks <= schedule.MAX_CHUNKS
+    assert n_chunks == 1 or n_chunks * 8 * n_params <= schedule.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("sizes", WIDE)
+def test_wide_nets_leave_the_threads_to_blas(sizes):
+    cut = schedule.make_schedule(spec_of(sizes), 100_000, 4)
+    assert not cut.holds_blas
+    assert not cut.tile_threads
+    assert cut.chunk_rows >= 100_000
+
+
+@pytest.mark.parametrize("sizes", NARROW)
+def test_narrow_nets_share_out_many_rows(sizes):
+    cut = schedule.make_schedule(spec_of(sizes), 1_000_000, 4)
+    assert cut.tile_threads
+    assert cut.chunk_rows < 1_000_000
+
+
+def test_products_worth_sharing_are_left_to_blas_while_a_pass_is_short():
+    short = schedule.make_schedule(spec_of((64, 64, 64, 1)), 1024, 4)
+    assert not short.holds_blas
+    assert not short.tile_threads
+    long = schedule.make_schedule(spec_of((64, 64, 64, 1)), 100_000, 4)
+    assert long.holds_blas
+    assert long.tile_threads
+
+
+def test_few_rows_wake_no_thread():
+    assert not schedule.make_schedule(spec_of((2, 10, 5, 1)), 64, 4).tile_threads
+
+
+@pytest.mark.parametrize("sizes", NARROW + WIDE)
+def test_threads_do_not_move_the_cut(sizes, monkeypatch):
+    cuts = set()
+    for setting in ("1", "2", "7"):
+        monkeypatch.setenv(threads.VARIABLE, setting)
+        cuts.add(schedule.make_schedule(spec_of(sizes), 100_000, 4))
+    assert len(cuts) == 1
