@@ -5,16 +5,18 @@
 #   make lint      format, lint and type checks
 #   make bench     the benchmarks, under fifteen minutes; bench-quick, bench-full
 #   make test-kernels   every CUDA kernel in every configuration, compiled and run on the CPU
-#   make bench-gpu      the benchmarks of a CUDA card, under eight minutes; installs nothing
+#   make check-gpu      is the CUDA engine right on this card, and how fast; under ten minutes
+#   make bench-gpu      the benchmarks of a CUDA card, under eight minutes
 #   make clean     remove .venv and caches
 #
-# PYTHON is the interpreter that creates .venv, and the one that bench-gpu runs on.
+# PYTHON is the interpreter that creates .venv, and the one that check-gpu and bench-gpu run on:
+# these two install nothing.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 SOURCES = mlp_backprop tests benchmarks
 
-.PHONY: verify test test-kernels lint bench bench-quick bench-full bench-gpu clean
+.PHONY: verify test test-kernels lint bench bench-quick bench-full check-gpu bench-gpu clean
 
 verify: .venv/installed-verify
 	.venv/bin/python -m mlp_backprop verify
@@ -32,6 +34,9 @@ bench-quick bench bench-full: .venv/installed-test
 		--selection $(or $(patsubst bench-%,%,$(filter-out bench,$@)),default)
 
 # Machines with a card are often offline, and have a torch of their own: all stays as it is.
+check-gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/check_gpu.py --json build/$@.json
+
 bench-gpu:
 	mkdir -p build
 	PYTHONPATH=. $(PYTHON) benchmarks/bench_gpu.py --json build/$@.json

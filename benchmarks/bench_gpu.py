@@ -2,10 +2,11 @@
 
     make bench-gpu PYTHON=python3       or       python benchmarks/bench_gpu.py [--json FILE]
 
-The environment is taken as it is; it needs CuPy and torch. A cell is a net with a number of rows
-and a precision. There each contender answers first, is compared with the derivation in float64,
-and is then timed by events: one after the other, since the memory of all together would not fit.
-The cells that a figure is set for come first; nothing new is begun when the time is up.
+The environment is taken as it is; it needs CuPy, array-api-compat and torch. A cell is a net with
+a number of rows and a precision. There each contender answers first, is compared with the
+derivation in float64, and is then timed by events: one after the other, since the memory of all
+together would not fit. All that is quick comes first, and of it the cells that a figure is set
+for; what torch compiles comes last. Nothing new is begun when the time is up.
 """
 
 import argparse
@@ -13,103 +14,29 @@ import gc
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from gpu_contenders import COMPILED, OURS, QUICK, TORCH, contenders
+from gpu_cells import NETS, TARGETS, Builders, Cell, Target, schedule
+from gpu_contenders import COMPILED, INCLUDES, OURS, QUICK, TORCH, contenders
 from gpu_floors import Limits, floor, measured_limits, work
 
 from mlp_backprop import backprop
 from mlp_backprop.bench import grid
 from mlp_backprop.bench import results as bench_results
-from mlp_backprop.bench.contenders import Answer, Contender, Ready, Task
-from mlp_backprop.edge import validation
+from mlp_backprop.bench.contenders import Answer, Contender, Task
+from mlp_backprop.edge import backends, validation
 from mlp_backprop.types import Layer, flat
 
 SECONDS = 440.0  # of all, under eight minutes; a torch.compile begun late may take some more
 EFFORT = grid.Effort(min_rounds=5, max_rounds=50, seconds=0.4)
 
-NETS = {
-    net.name: net
-    for net in (
-        grid.Problem((2, 10, 5, 1), "sigmoid", "squared_error"),
-        grid.Problem((64, 64, 64, 1), "tanh", "squared_error"),
-        grid.Problem((784, 128, 64, 10), "relu", "softmax_cross_entropy"),
-        grid.Problem((784, 1024, 1024, 10), "relu", "softmax_cross_entropy"),
-        grid.Problem((4096,) * 5, "relu", "squared_error"),
-    )
-}
-
-PRECISIONS = ("float32", "tf32", "bfloat16")
-
 # Of the largest entry of each array, up to a million rows; beyond, as in bench.tolerance.
 TOLERANCES = {"float32": 2e-3, "tf32": 5e-2, "bfloat16": 2e-1}
-
-
-Builders = Mapping[str, Callable[..., Ready]]
-
-
-class Cell(NamedTuple):
-    """A net with n rows, in a precision; the arrays are float32."""
-
-    problem: grid.Problem
-    n: int
-    precision: str
-
-    def __str__(self) -> str:
-        return bench_results.label(self.problem.name, self.n, self.precision)
-
-
-class Target(NamedTuple):
-    """How many times faster than torch eager, and than torch's best variant."""
-
-    net: str
-    n: int
-    precisions: tuple[str, ...]
-    must: tuple[float, float]
-    aim: tuple[float, float]
-
-
-TARGETS = (
-    Target("2-10-5-1", 1_000, ("float32",), (8, 4), (15, 10)),
-    Target("2-10-5-1", 10_000_000, ("float32",), (10, 8), (16, 15)),
-    Target("64-64-64-1", 10_000_000, ("bfloat16",), (6, 4), (8, 6)),
-    Target("64-64-64-1", 10_000_000, ("float32",), (3, 3), (5, 5)),
-    Target("784-128-64-10", 100_000, ("tf32",), (1.3, 1.2), (2.4, 2.0)),
-    Target("784-1024-1024-10", 100_000, PRECISIONS, (1.1, 1.0), (1.5, 1.4)),
-    Target("4096-4096-4096-4096-4096", 1_000, PRECISIONS, (1.0, 1.0), (1.1, 1.1)),
-)
-
-ROWS = {
-    "2-10-5-1": (1, 1_000, 100_000, 10_000_000),
-    "64-64-64-1": (1_000, 100_000, 10_000_000),
-    "784-128-64-10": (1_000, 100_000),
-    "784-1024-1024-10": (1_000, 100_000),
-    "4096-4096-4096-4096-4096": (1, 1_000),
-}
-
-
-def schedule() -> list[tuple[Cell, Builders]]:
-    """Which contenders in which cell: what the targets need, then the rest.
-
-    The tiny net, which is always computed in float32, is there once.
-    """
-    targets = [Cell(NETS[t.net], t.n, precision) for t in TARGETS for precision in t.precisions]
-    rest = [
-        Cell(net, n, precision)
-        for net in NETS.values()
-        for n in ROWS[net.name]
-        for precision in (PRECISIONS if net.name != "2-10-5-1" else PRECISIONS[:1])
-    ]
-    return [
-        *((cell, QUICK) for cell in targets),
-        *((cell, COMPILED) for cell in targets),
-        *((cell, QUICK) for cell in rest if cell not in targets),
-    ]
 
 
 class DeviceClock:
@@ -238,14 +165,17 @@ def with_figures(record: dict[str, Any], limits: Limits) -> dict[str, Any]:
 def ratios(record: dict[str, Any]) -> dict[str, Any]:
     """Times faster than torch eager, and our best than torch's; None if not measured.
 
-    Eager torch makes new arrays, and so does the prepared call. torch's graphs are recorded for
-    some arrays, and write to the same ones every time: so is and does the bound call.
+    Eager torch makes new arrays, and so does the prepared call, which is handed float32: where
+    the precision is another type, that is held against a torch that converts as well. torch's
+    graphs are recorded for some arrays, converted beforehand, and write to the same ones every
+    time: so is and does the bound call.
     """
     medians = {name: timing["median"] for name, timing in record["timings"].items()}
     ours, theirs = ([medians[m] for m in names if m in medians] for names in (OURS, TORCH))
-    new = {"torch", "prepared"} <= medians.keys()
+    eager = "torch_converting" if record["precision"] == "bfloat16" else "torch"
+    new = {eager, "prepared"} <= medians.keys()
     return {
-        "torch": medians["torch"] / medians["prepared"] if new else None,
+        "torch": medians[eager] / medians["prepared"] if new else None,
         "best_torch": min(theirs) / min(ours) if ours and theirs else None,
     }
 
@@ -275,6 +205,12 @@ def table(records: list[dict[str, Any]]) -> str:
         facts = [record["net"], str(record["n"]), record["precision"]]
         lines.append(" | ".join([*facts, *times, *shares, share, target_text(record)]))
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def legend(records: list[dict[str, Any]]) -> str:
+    """What the time of each contender that was measured includes."""
+    names = dict.fromkeys(name for record in records for name in record["timings"])
+    return "\n".join(f"{name}: {INCLUDES[name]}" for name in names)
 
 
 def target_text(record: dict[str, Any]) -> str:
@@ -307,18 +243,58 @@ def surroundings(limits: Limits) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure every cell; the file is written anew after each."""
+NEEDED = {"cupy": "cupy-cuda13x", "array_api_compat": "array-api-compat", "torch": "torch"}
+
+
+def require(modules: Iterable[str]) -> None:
+    """End in one line that says what to install, or that there is no device."""
+    missing = []
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            missing.append((NEEDED[module], error))
+    if missing:
+        packages, errors = zip(*missing, strict=True)
+        reasons = "; ".join(map(str, errors))
+        sys.exit(f"missing here: pip install {' '.join(packages)} ({reasons})")
+    try:
+        backends.namespace("cupy")
+    except ImportError as error:
+        sys.exit(str(error))
+
+
+def arguments() -> tuple[list[tuple[Cell, Builders]], Path | None]:
+    """What to measure, and where to write it, from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--json", type=Path, help="write the results here, after each cell")
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        metavar="CELL",
+        help="only these: NET, N or PRECISION, or several of them joined by colons, such as "
+        "2-10-5-1:float32 or 64-64-64-1:10000000:bfloat16",
+    )
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME",
+        choices=[*QUICK, *COMPILED],
+        help=f"only these of {', '.join([*QUICK, *COMPILED])}",
+    )
     options = parser.parse_args()
     try:
-        import cupy
-        import torch  # noqa: F401
-    except ImportError as error:
-        sys.exit(f"bench_gpu compares CuPy with torch, and one is missing: {error}")
-    if not cupy.cuda.is_available():
-        sys.exit("CuPy sees no CUDA device here")
+        return schedule(options.cells, options.contenders), options.json
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main() -> None:
+    """Measure every cell; the file is written anew after each."""
+    todo, path = arguments()
+    require(NEEDED)
+    import cupy
+
     began = time.monotonic()
     clock = DeviceClock(cupy.cuda)
 
@@ -335,16 +311,18 @@ def main() -> None:
     limits = measured_limits(seconds_of)
     about = surroundings(limits)
     records: dict[Cell, dict[str, Any]] = {}
-    for cell, builders in schedule():
+    for cell, builders in todo:
         if is_over():
             break
         print(f"{cell}: {', '.join(builders)} ...", flush=True)
         rows = contenders(builders, cell.precision)
         record = measure(cell, rows, cupy.asarray, clock, is_over, free_memory)
         records[cell] = with_figures(joined(records.get(cell), record), limits)
-        if options.json:
-            bench_results.save({**about, "cells": list(records.values())}, options.json)
+        if path:
+            results = {**about, "includes": INCLUDES, "cells": list(records.values())}
+            bench_results.save(results, path)
     print(table(list(records.values())))
+    print(legend(list(records.values())))
     for record in records.values():
         for name, reason in record["skipped"].items():
             print(f"{record['net']}, n = {record['n']}, {record['precision']}: {name}: {reason}")

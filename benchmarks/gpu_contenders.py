@@ -8,8 +8,9 @@ on both sides:
     tf32        precision="tf32"         products in TF32          products in TF32
     bfloat16    precision="bfloat16"     all tensors in bfloat16   all arrays in bfloat16
 
-Ours takes float32 arrays in each. NumPy arrays do as well: so the tests run this file without a
-card, all but the CUDA graphs.
+Ours takes float32 arrays in each. The others are given arrays of the precision's type, converted
+beforehand; torch_converting is not. INCLUDES says for every contender what its time has in it.
+NumPy arrays do as well: so the tests run this file without a card, all but the CUDA graphs.
 """
 
 import os
@@ -24,6 +25,7 @@ import numpy as np
 from mlp_backprop import backprop, compute_grads, prepare_grads
 from mlp_backprop.bench.contenders import Answer, Contender, Ready, Task
 from mlp_backprop.edge import validation
+from mlp_backprop.engines import choice
 from mlp_backprop.engines.cuda.arrays import Arguments
 from mlp_backprop.types import flat
 
@@ -64,8 +66,8 @@ def _call(task: Task, precision: str) -> Ready:
 
 def _tier(name: str, task: Task, precision: str) -> Ready:
     """One tier of the CuPy engine, also where the engine would take another."""
-    spec, arrays = _checked(task)
-    run = import_module(f"mlp_backprop.engines.cuda.{name}").plan(spec, len(task.X), precision)
+    spec, arrays = checked(task)
+    run = import_module(f"mlp_backprop.engines.cuda.{name}").prepare(spec, len(task.X), precision)
     if run is None:
         raise ValueError("this net is not covered")
     arguments = Arguments(*arrays, mean=True, out=None)
@@ -76,12 +78,11 @@ def _derivation(task: Task, precision: str) -> Ready:
     """backprop.py on the arrays' library, one operation after the other."""
     if precision != "float32":
         raise ValueError("the derivation computes in float32")
-    spec, arrays = _checked(task)
-    run = backprop.plan(spec)
-    return Ready(lambda: backprop.reduced(spec, run(*arrays), "mean"), _read)
+    spec, arrays = checked(task)
+    return Ready(lambda: choice.derivation(spec, *arrays, reduction="mean"), _read)
 
 
-def _checked(task: Task) -> tuple[backprop.Spec, list[Any]]:
+def checked(task: Task) -> tuple[backprop.Spec, list[Any]]:
     spec, *arrays = validation.problem(
         *task[:3], reduction="mean", sample_weight=None, backend=None, **_options(task)
     )
@@ -105,7 +106,12 @@ def torch_precision(precision: str) -> Iterator[None]:
 
 
 def _torch(
-    task: Task, precision: str, *, compile_mode: str | None = None, graph: bool = False
+    task: Task,
+    precision: str,
+    *,
+    compile_mode: str | None = None,
+    graph: bool = False,
+    converts: bool = False,
 ) -> Ready:
     import torch
     import torch.nn.functional as F
@@ -113,12 +119,18 @@ def _torch(
     from mlp_backprop.checks import torch_reference
 
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    X, y = torch.from_dlpack(task.X).to(dtype), torch.from_dlpack(task.y)
-    y = y if y.ndim == 1 else y.to(dtype)
-    leaves = [torch.from_dlpack(A).to(dtype, copy=True).requires_grad_() for A in flat(task.params)]
+    if converts and dtype == torch.float32:
+        raise ValueError("there is nothing to convert")
+    given = torch.float32 if converts else dtype
+    X, y = torch.from_dlpack(task.X).to(given), torch.from_dlpack(task.y)
+    y = y if y.ndim == 1 else y.to(given)
+    leaves = [torch.from_dlpack(A).to(given, copy=True).requires_grad_() for A in flat(task.params)]
     names = task.names
 
     def loss_of(leaves: Any, X: Any, y: Any) -> Any:
+        if converts:
+            *leaves, X = (A.to(dtype) for A in (*leaves, X))
+            y = y if y.ndim == 1 else y.to(dtype)
         params = list(zip(leaves[::2], leaves[1::2], strict=True))
         H = torch_reference.forward(params, X, names)
         if task.loss == "softmax_cross_entropy":
@@ -213,6 +225,7 @@ QUICK = {
     "layers": partial(_tier, "layers"),
     "derivation": _derivation,
     "torch": _torch,
+    "torch_converting": partial(_torch, converts=True),
     "torch_graph": partial(_torch, graph=True),
     "jax": _jax,
 }
@@ -221,6 +234,23 @@ QUICK = {
 COMPILED = {
     "torch_compile": partial(_torch, compile_mode="default"),
     "torch_autotune": partial(_torch, compile_mode="max-autotune"),
+}
+
+# What a time has in it. Beforehand is before the clock starts.
+INCLUDES = {
+    "prepared": "float32 in, new arrays out; what is rounded to bfloat16 is so in every call",
+    "bound": "the same arrays every time; what is rounded to bfloat16 is so in every call",
+    "call": "as prepared, and all checks; for class labels it waits for the device",
+    "tiny": "one tier of ours, without checks, as prepared",
+    "warp_tiles": "the same",
+    "layers": "the same",
+    "derivation": "backprop.py on CuPy's arrays, one operation after the other, without checks",
+    "torch": "autograd, eager; X, y and parameters are of the precision's type beforehand",
+    "torch_converting": "float32 in and out; X, y and parameters become bfloat16 in every call",
+    "torch_graph": "as torch, replayed as a CUDA graph: the same arrays every time",
+    "jax": "jit of value_and_grad; arrays of the precision's type beforehand; waits for the device",
+    "torch_compile": "as torch, compiled beforehand",
+    "torch_autotune": "the same with max-autotune: it replays CUDA graphs, the same arrays out",
 }
 
 OURS = ("prepared", "bound")

@@ -4,6 +4,7 @@ No test here asserts how long anything takes: the clock is made up.
 """
 
 import json
+import sys
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +24,17 @@ def programs(monkeypatch):
     """The files of benchmarks/, which are programs beside each other and no package."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     import bench_gpu
+    import gpu_cells
     import gpu_contenders
     import gpu_floors
 
     limits = gpu_floors.Limits(rates=RATES, **LIMITS)
     return SimpleNamespace(
-        bench=bench_gpu, contenders=gpu_contenders, floors=gpu_floors, limits=limits
+        bench=bench_gpu,
+        cells=gpu_cells,
+        contenders=gpu_contenders,
+        floors=gpu_floors,
+        limits=limits,
     )
 
 
@@ -48,16 +54,71 @@ def cell(programs, net, n, precision="float32"):
 # Cells and floors --------------------------------------------------------------------------------
 
 
-def test_what_the_targets_need_comes_first(programs):
-    bench, schedule = programs.bench, programs.bench.schedule()
-    targets = [cell for cell, builders in schedule if builders is bench.COMPILED]
-    assert len(targets) == sum(len(t.precisions) for t in bench.TARGETS) == 11
-    assert schedule[:11] == [(cell, bench.QUICK) for cell in targets]
-    assert schedule[11:22] == [(cell, bench.COMPILED) for cell in targets]
-    cells = [cell for cell, builders in schedule if builders is bench.QUICK]
-    assert len(cells) == len(set(cells)) == 31
-    for target in bench.TARGETS:
-        assert target.n in bench.ROWS[target.net]
+def test_all_that_is_quick_comes_first_and_of_it_what_the_targets_need(programs):
+    contenders, schedule = programs.contenders, programs.bench.schedule()
+    cells, builders = zip(*schedule, strict=True)
+    assert builders == (contenders.QUICK,) * 31 + (contenders.COMPILED,) * 11
+    assert len(set(cells[:31])) == 31
+    assert cells[:11] == cells[31:]
+    targets = programs.cells.TARGETS
+    needed = {(t.net, t.n, precision) for t in targets for precision in t.precisions}
+    assert {(cell.problem.name, *cell[1:]) for cell in cells[:11]} == needed
+    for target in targets:
+        assert target.n in programs.cells.ROWS[target.net]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "count"),
+    [
+        (["2-10-5-1"], 4),
+        (["2-10-5-1:float32"], 4),
+        (["tf32"], 9),
+        (["10000000"], 4),
+        (["64-64-64-1:10000000:bfloat16"], 1),
+        (["bfloat16:10000000:64-64-64-1", "10000000:bfloat16"], 1),
+        (["784-128-64-10:tf32", "2-10-5-1:1"], 3),
+    ],
+)
+def test_cells_are_picked_by_their_parts(programs, patterns, count):
+    found = programs.cells.matching(patterns)
+    assert len(found) == count
+    for found_cell in found:
+        parts = {found_cell.problem.name, str(found_cell.n), found_cell.precision}
+        assert any(set(pattern.split(":")) <= parts for pattern in patterns)
+    quick = [c for c, builders in programs.bench.schedule(patterns) if "prepared" in builders]
+    assert quick == found
+
+
+@pytest.mark.parametrize("pattern", ["2-10-5", "2-10-5-1:tf32", "1e7", "", "2-10-5-1 :1"])
+def test_a_pattern_without_a_cell_is_refused(programs, pattern):
+    with pytest.raises(ValueError, match=r"no cell matches .*2-10-5-1:float32; nets: 2-10-5-1, "):
+        programs.cells.matching(["64-64-64-1", pattern])
+
+
+def test_contenders_are_picked_by_name(programs):
+    pattern = ["784-1024-1024-10:100000:tf32"]
+    ((_, quick),) = programs.bench.schedule(pattern, ["bound", "torch"])
+    assert quick == {name: programs.contenders.QUICK[name] for name in ("bound", "torch")}
+    ((_, compiled),) = programs.bench.schedule(pattern, ["torch_compile"])
+    assert list(compiled) == ["torch_compile"]
+
+
+def test_the_command_line(programs, monkeypatch, capsys):
+    def parsed(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments])
+        return programs.bench.arguments()
+
+    assert parsed() == (programs.bench.schedule(), None)
+    todo, path = parsed("--cells", "2-10-5-1:1", "--contenders", "bound", "--json", "a.json")
+    assert [(str(cell), list(builders)) for cell, builders in todo] == [
+        (str(cell(programs, "2-10-5-1", 1)), ["bound"])
+    ]
+    assert path == Path("a.json")
+    for wrong, message in (("--cells 3-3", "no cell matches '3-3'"), ("--contenders me", "me")):
+        with pytest.raises(SystemExit) as ended:
+            parsed(*wrong.split())
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -159,6 +220,38 @@ def test_the_others_in_bfloat16(programs, clock, library):
     assert 1e-4 < record["timings"][library]["error"] < 0.2
 
 
+def test_torch_that_converts_gives_float32_and_the_gradients_of_bfloat16(programs, clock):
+    pytest.importorskip("torch")
+    both = ("torch", "torch_converting")
+    rows = on_numpy(programs, "bfloat16", names=both)
+    one = cell(programs, "784-128-64-10", 50, "bfloat16")
+    record = programs.bench.measure(one, rows, np.asarray, clock)
+    assert record["skipped"] == {}
+    task = programs.bench.make_task(one, np.asarray)
+    results = {}
+    for name in both:
+        ready = programs.contenders.QUICK[name](task, precision="bfloat16")
+        results[name] = ready.call()
+        answers = ready.read(results[name])
+        assert len(answers.grads) == 6
+    assert {g.dtype.itemsize for g in results["torch"][1]} == {2}
+    assert {g.dtype.itemsize for g in results["torch_converting"][1]} == {4}
+    for A, B in zip(results["torch"][1], results["torch_converting"][1], strict=True):
+        np.testing.assert_array_equal(A.float().numpy(), B.numpy())
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_where_nothing_is_converted_no_contender_says_it_does(programs, clock, precision):
+    pytest.importorskip("torch")
+    rows = on_numpy(programs, precision, names=("torch_converting",))
+    one = cell(programs, "64-64-64-1", 3, precision)
+    record = programs.bench.measure(one, rows, np.asarray, clock)
+    assert record["timings"] == {}
+    assert record["skipped"] == {
+        "torch_converting": "ValueError: there is nothing to convert",
+    }
+
+
 def test_ours_refuse_what_the_library_does_not_do(programs, clock):
     rows = on_numpy(programs, "tf32", names=("prepared", "call", "derivation", "tiny"))
     record = programs.bench.measure(
@@ -205,11 +298,81 @@ def test_the_reference_adds_up_blocks(programs):
         np.testing.assert_allclose(A, B, rtol=1e-10, atol=1e-15)
 
 
+# What is missing ---------------------------------------------------------------------------------
+
+
+class Device:
+    """So much of CuPy as tells how many devices there are."""
+
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def __init__(self, count):
+        self.__version__ = "14.2.0"
+        self.cuda = SimpleNamespace(
+            runtime=SimpleNamespace(
+                getDeviceCount=lambda: count, CUDARuntimeError=self.CUDARuntimeError
+            )
+        )
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Puts CuPy with so many devices, array-api-compat's namespace and torch in place."""
+
+    def install(devices=1, without=()):
+        modules = {
+            "cupy": Device(devices),
+            "array_api_compat": SimpleNamespace(),
+            "array_api_compat.cupy": SimpleNamespace(),
+            "torch": SimpleNamespace(),
+        }
+        for name, module in modules.items():
+            missing = name.partition(".")[0] in without
+            monkeypatch.setitem(sys.modules, name, None if missing else module)
+
+    return install
+
+
+def test_with_everything_there_nothing_is_said(programs, installed):
+    installed()
+    programs.bench.require(programs.bench.NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("without", "hint"),
+    [
+        (["array_api_compat"], "pip install array-api-compat ("),
+        (["cupy", "torch"], "pip install cupy-cuda13x torch ("),
+    ],
+)
+def test_what_is_missing_is_told_in_one_line(programs, installed, without, hint):
+    installed(without=without)
+    with pytest.raises(SystemExit) as ended:
+        programs.bench.require(programs.bench.NEEDED)
+    assert hint in ended.value.code
+    assert "\n" not in ended.value.code
+
+
+def test_a_run_without_a_contender_of_ours_does_not_begin(programs, installed, monkeypatch):
+    installed(without=["array_api_compat"])
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py"])
+    with pytest.raises(SystemExit, match="array-api-compat"):
+        programs.bench.main()
+
+
+def test_no_device_is_told_in_one_line(programs, installed):
+    installed(devices=0)
+    with pytest.raises(SystemExit, match="CuPy sees none here") as ended:
+        programs.bench.require(programs.bench.NEEDED)
+    assert "\n" not in ended.value.code
+
+
 # Results -----------------------------------------------------------------------------------------
 
 
-def made_up(programs, **medians):
-    record = {"net": "2-10-5-1", "n": 10_000_000, "precision": "float32", "skipped": {}}
+def made_up(programs, precision="float32", **medians):
+    record = {"net": "2-10-5-1", "n": 10_000_000, "precision": precision, "skipped": {}}
     record["timings"] = {name: {"median": median} for name, median in medians.items()}
     return programs.bench.with_figures(record, programs.limits)
 
@@ -223,6 +386,24 @@ def test_figures_of_a_cell(programs):
     assert ours["TFLOP/s"] == pytest.approx(4.1)
     assert ours["of_floor"] == pytest.approx(record["floor"] / 1e-3)
     assert record["floor"] == pytest.approx(410e7 / 50e12)
+
+
+def test_in_bfloat16_eager_torch_converts_as_the_prepared_call_does(programs):
+    medians = {"prepared": 2e-3, "bound": 1e-3, "torch": 4e-3, "torch_converting": 10e-3}
+    record = made_up(programs, precision="bfloat16", **medians)
+    assert record["ratios"] == pytest.approx({"torch": 5, "best_torch": 4})
+    del medians["torch_converting"]
+    record = made_up(programs, precision="bfloat16", **medians)
+    assert record["ratios"] == {"torch": None, "best_torch": 4}
+
+
+def test_the_legend_says_what_each_time_includes(programs):
+    contenders = programs.contenders
+    assert {*contenders.INCLUDES} == {*contenders.QUICK, *contenders.COMPILED}
+    records = [made_up(programs, bound=1e-3), made_up(programs, bound=1e-3, torch=1e-3)]
+    assert programs.bench.legend(records).splitlines() == [
+        f"{name}: {contenders.INCLUDES[name]}" for name in ("bound", "torch")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,7 @@ def test_float64(cupy, net):
     assert_grads_close(on_host(grads), expected.grads, 1e-11)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("net", ["tiny", "tiles", "wide input", "wide"])
 def test_as_accurate_as_torch(cupy, net):
     """The default precision against torch's float32, which may round differently, not worse."""
@@ -250,6 +251,7 @@ def spin(cupy, cycles=400_000_000):
     cupy.RawKernel(SPIN, "spin")((1,), (1,), (np.int64(cycles),))
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("net", ["tiny", "tiles", "wide"])
 def test_a_prepared_call_waits_for_nothing(cupy, net):
     problem = on_device(cupy, make_problem(NETS[net], 500, dtype=np.float32))
@@ -263,6 +265,7 @@ def test_a_prepared_call_waits_for_nothing(cupy, net):
         stream.synchronize()
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("net", ["tiny", "tiles", "wide"])
 def test_work_is_on_the_current_stream(cupy, net):
     """X is written late, on a stream that nothing else waits for."""
@@ -281,6 +284,7 @@ def test_work_is_on_the_current_stream(cupy, net):
         cupy.testing.assert_allclose(A, B, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("net", ["tiny", "tiles", "wide"])
 def test_two_streams_at_once(cupy, net):
     problems = [
@@ -319,6 +323,7 @@ def test_several_devices(cupy):
 # Memory ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("net", ["tiny", "tiles", "wide"])
 def test_ten_thousand_calls_do_not_grow(cupy, net):
     problem = on_device(cupy, make_problem(NETS[net], 100, dtype=np.float32))
@@ -333,6 +338,7 @@ def test_ten_thousand_calls_do_not_grow(cupy, net):
     assert used[0] == used[1]
 
 
+@pytest.mark.serial
 def test_short_of_memory(cupy):
     """With a limit that the activations of all rows do not fit under."""
     problem = on_device(cupy, make_problem((256, 512, 512, 4), 100_000, dtype=np.float32))
@@ -360,12 +366,14 @@ def torch():
     return torch
 
 
+@pytest.mark.serial
 def test_tensors_are_taken_as_they_lie(cupy, torch):
     tensor = torch.ones(3, 2, device="cuda", requires_grad=True)
     array = backends.shared(backends.as_plain(tensor), "cupy")
     assert array.data.ptr == tensor.data_ptr()
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
 def test_torch_tensors(cupy, torch, loss):
     problem = make_problem((3, 5, 4), 50, loss=loss, weighted=True, dtype=np.float32)
@@ -380,6 +388,7 @@ def test_torch_tensors(cupy, torch, loss):
             torch.from_dlpack(A)
 
 
+@pytest.mark.serial
 def test_the_stream_of_torch(cupy, torch):
     """X is written late on torch's stream, and written over as soon as the call is back."""
     problem = make_problem((64, 64, 1), 5000, dtype=np.float32)
@@ -423,6 +432,7 @@ assert not np.isfinite(float(loss))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize("sizes", ["2-10-5-3", "64-64-10", "200-130-10"])
 def test_the_sanitizer_finds_nothing(cupy, tool, sizes):
