@@ -45,6 +45,7 @@ lint: .venv/installed-lint
 	.venv/bin/ruff format --check $(SOURCES)
 	.venv/bin/ruff check $(SOURCES)
 	.venv/bin/mypy
+	.venv/bin/mypy tests/typed_calls.py
 
 clean:
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache

@@ -9,7 +9,7 @@ The derivation is in backprop.py; the table of contents is here:
     init_params             initial parameters
     check_grads             the gradient, and all below, against central differences
     backends                which array libraries are usable here
-    Layer                   the pair (W, b)
+    Layer, Net              the pair (W, b); parameters with their activation and loss
 
     per_sample_grads        the gradient of every single sample
     per_sample_grad_norms   their norms, without forming them
@@ -30,11 +30,14 @@ The derivation is in backprop.py; the table of contents is here:
     ntk                     the neural tangent kernel
     ravel_params            parameters as one vector
     unravel_params          and back
+
+Everything that is public can be imported from here, the types of results and arguments too; the
+rooms below are internal.
 """
 
 from mlp_backprop.checks.checking import check_grads
 from mlp_backprop.derivatives.curvature import ggn, hessian, linear_operator, ntk
-from mlp_backprop.derivatives.gradients import compute_grads, forward, trace
+from mlp_backprop.derivatives.gradients import Trace, compute_grads, forward, trace
 from mlp_backprop.derivatives.inputs import (
     input_grads,
     input_hessian_diag,
@@ -47,17 +50,23 @@ from mlp_backprop.derivatives.per_sample import (
     per_sample_grad_norms,
     per_sample_grads,
 )
-from mlp_backprop.derivatives.prepared import prepare_grads
+from mlp_backprop.derivatives.prepared import PreparedGrads, prepare_grads
 from mlp_backprop.derivatives.products import fisher_vp, ggnvp, hvp, jvp, vjp
 from mlp_backprop.derivatives.residuals import residual_grads, sobolev_grads
-from mlp_backprop.edge.backends import backends
+from mlp_backprop.edge.backends import BackendStatus, backends
 from mlp_backprop.engines.memory import keep_freed_memory
 from mlp_backprop.nets.initial import init_params
 from mlp_backprop.nets.vectors import ravel_params, unravel_params
-from mlp_backprop.types import Layer
+from mlp_backprop.types import Layer, LossAndGrads, Net, Params
 
 __all__ = [
+    "BackendStatus",
     "Layer",
+    "LossAndGrads",
+    "Net",
+    "Params",
+    "PreparedGrads",
+    "Trace",
     "backends",
     "check_grads",
     "clipped_grads",

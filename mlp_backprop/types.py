@@ -1,12 +1,62 @@
-"""The words used in type hints, and the types of parameters, gradients and results."""
+"""The words used in type hints, and the types of nets, parameters, gradients and results."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 # An array of any library, and that library's Array API namespace: there is no common base class.
 Array = Any
 Namespace = Any
 DType = Any
+
+
+class ArrayObject(Protocol):
+    """What every library's arrays have."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+class Table(Protocol):
+    """What NumPy can make an array of: a DataFrame, for instance."""
+
+    def __array__(self) -> Any: ...
+
+
+# What is taken where an array is: nested lists too, up to the three axes of slopes.
+Row: TypeAlias = Sequence[float] | ArrayObject
+ArrayLike: TypeAlias = (
+    ArrayObject | Table | Sequence[Row] | Sequence[float] | Sequence[Sequence[Row]]
+)
+
+# The names of the tables' rows; tests hold them to the tables.
+ActivationName = Literal[
+    "identity",
+    "sigmoid",
+    "tanh",
+    "relu",
+    "leaky_relu",
+    "elu",
+    "softplus",
+    "silu",
+    "gelu_tanh",
+]
+# A list of names need not be known to be of these; one string must be.
+ActivationNames: TypeAlias = ActivationName | Sequence[ActivationName] | list[str] | tuple[str, ...]
+LossName = Literal[
+    "squared_error",
+    "absolute_error",
+    "huber",
+    "poisson",
+    "binary_cross_entropy",
+    "softmax_cross_entropy",
+]
+Reduction = Literal["mean", "sum"]
+Precision = Literal["float32", "float32_exact", "tf32", "bfloat16"]
+BackendName = Literal["numpy", "numba", "cupy", "torch", "jax"]
 
 
 class Layer(NamedTuple):
@@ -26,7 +76,38 @@ class Layer(NamedTuple):
     b: Array
 
 
-Params = Sequence[tuple[Array, Array]]
+Layers: TypeAlias = Sequence[tuple[ArrayLike, ArrayLike]] | Sequence[Sequence[ArrayLike]]
+
+
+class Net(NamedTuple):
+    """Parameters with what belongs to them: plain data, taken wherever `params` is.
+
+    `activation` and `loss` need not be said again then; saying something else is an error.
+    Functions that have no loss do not ask for it. `net._replace(params=...)` is a changed copy.
+
+    >>> import numpy as np
+    >>> net = Net([(np.ones((10, 2)), np.zeros(10)), (np.ones((1, 10)), np.zeros(1))], "relu")
+    >>> print(net)
+    Net 2-10-1: relu, squared_error, float64, 41 parameters
+    """
+
+    params: Layers
+    activation: ActivationNames = "sigmoid"
+    loss: LossName = "squared_error"
+
+    def __str__(self) -> str:
+        weights: list[Any] = [W for W, _ in self.params]
+        sizes = [len(weights[0][0]), *map(len, weights)] if weights else []
+        names = [self.activation] if isinstance(self.activation, str) else self.activation
+        dtype = str(getattr(weights[0], "dtype", "lists")).rpartition(".")[2] if weights else ""
+        n_params = sum(b * (a + 1) for a, b in pairwise(sizes))
+        return (
+            f"Net {'-'.join(map(str, sizes))}: {' '.join(names)}, {self.loss}, {dtype}, "
+            f"{n_params} parameters"
+        )
+
+
+Params: TypeAlias = Net | Layers
 
 
 class LossAndGrads(NamedTuple):

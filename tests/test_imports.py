@@ -54,7 +54,7 @@ IMPORTS = {
     "edge.rules": ("activations backprop edge.arguments edge.backends losses types", ""),
     "edge.validation": ("backprop edge.arguments edge.backends edge.rules types", ""),
     # nets
-    "nets": ("", ""),
+    "nets": ("types", ""),
     "nets.initial": ("edge.arguments types", "numpy"),
     "nets.vectors": ("edge.arguments types", ""),
     # engines

@@ -19,7 +19,7 @@ import numpy as np
 from mlp_backprop.derivatives.gradients import compute_grads
 from mlp_backprop.edge import validation
 from mlp_backprop.engines import choice
-from mlp_backprop.types import Array, Layer, Params
+from mlp_backprop.types import Array, BackendName, Layer, Params
 
 
 class Task(NamedTuple):
@@ -28,8 +28,8 @@ class Task(NamedTuple):
     params: list[Layer]
     X: Array
     y: Array
-    activation: str  # of the hidden layers, before an identity output
-    loss: str
+    activation: Any  # of the hidden layers, before an identity output
+    loss: Any
 
     @property
     def names(self) -> list[str]:
@@ -75,11 +75,11 @@ def _read(result: Any) -> Answer:
 
 def _call(backend: str, task: Task) -> Ready:
     params, X, y, activation, loss = task
-    options = {"activation": activation, "loss": loss, "backend": backend}
+    options: dict[str, Any] = {"activation": activation, "loss": loss, "backend": backend}
     return Ready(lambda: compute_grads(params, X, y, **options), _read)
 
 
-def _prepared(backend: str, task: Task) -> Ready:
+def _prepared(backend: BackendName, task: Task) -> Ready:
     from mlp_backprop import prepare_grads
 
     params, X, y, activation, loss = task
@@ -91,7 +91,7 @@ def _prepared(backend: str, task: Task) -> Ready:
 MOST_BOUND_ROWS = 1024
 
 
-def _bound(backend: str, task: Task) -> Ready:
+def _bound(backend: BackendName, task: Task) -> Ready:
     from mlp_backprop import prepare_grads
 
     params, X, y, activation, loss = task

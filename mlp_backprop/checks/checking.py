@@ -15,7 +15,17 @@ from mlp_backprop.derivatives.gradients import compute_grads
 from mlp_backprop.edge import backends, validation
 from mlp_backprop.edge.arguments import dtype_name, read_params, table_row
 from mlp_backprop.edge.calls import public
-from mlp_backprop.types import Array, Layer, Params, flat
+from mlp_backprop.types import (
+    ActivationNames,
+    Array,
+    ArrayLike,
+    BackendName,
+    Layer,
+    LossName,
+    Params,
+    Reduction,
+    flat,
+)
 
 # The error of a correct gradient stays under these, with a wide margin; a derivative that is
 # wrong by a tenth of a percent does not.
@@ -25,14 +35,14 @@ TOLERANCES = {"float64": 1e-6, "float32": 2e-4, "float16": 2e-2, "bfloat16": 1e-
 @public
 def check_grads(
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    reduction: str = "mean",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
     grads: Params | None = None,
     against: str | Sequence[str] = "differences",
     also: str | Sequence[str] = (),

@@ -48,13 +48,13 @@ class Case(NamedTuple):
     @property
     def host_net_options(self) -> dict[str, Any]:
         """The same for calls on the host."""
-        return {"activation": self.options["activation"]}
+        return {"activation": [row.name for row in self.host.spec.activations]}
 
     @property
     def host_options(self) -> dict[str, Any]:
         """All of them for calls on the host."""
-        names = ("activation", "loss")
-        return {name: self.options[name] for name in names} | {"sample_weight": self.host.weight}
+        own = {"loss": self.host.spec.loss.name, "sample_weight": self.host.weight}
+        return self.host_net_options | own
 
     def numpy(self, array: Array) -> Array:
         """A result on the host, in float64."""

@@ -1,1 +1,6 @@
-"""The public functions on derivatives: a docstring, checks, the choice of a way, and the call."""
+"""The public functions on derivatives: a docstring, checks, the choice of a way, the call.
+
+Internal: what is public can be imported from mlp_backprop itself.
+"""
+
+__all__: list[str] = []

@@ -3,9 +3,8 @@
 The mathematics stands in hessians.py: equations (V7) to (V9).
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +18,16 @@ from mlp_backprop.maths import hessians, tangents
 from mlp_backprop.maths.row_blocks import joined, part, row_blocks
 from mlp_backprop.maths.tangents import KINDS
 from mlp_backprop.nets.vectors import n_params, ravel, unravel
-from mlp_backprop.types import Array, Layer, Params
+from mlp_backprop.types import (
+    ActivationNames,
+    Array,
+    ArrayLike,
+    BackendName,
+    Layer,
+    LossName,
+    Params,
+    Reduction,
+)
 
 # P² numbers are 3.2 GB of float64 then, and the matrix is made from its blocks by way of copies.
 MOST_PARAMETERS = 20_000
@@ -28,14 +36,14 @@ MOST_PARAMETERS = 20_000
 @public
 def hessian(
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    reduction: str = "mean",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
 ) -> Array:
     """Compute the Hessian of the loss with respect to all weights and biases, as a matrix.
 
@@ -77,14 +85,14 @@ def hessian(
 @public
 def ggn(
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    reduction: str = "mean",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
 ) -> Array:
     """Compute the generalised Gauss-Newton matrix Jᵀ A J.
 
@@ -180,11 +188,11 @@ def row_numbers(spec: Spec) -> int:
 @public
 def ntk(
     params: Params,
-    X1: Array,
-    X2: Array,
+    X1: ArrayLike,
+    X2: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    backend: BackendName | None = None,
 ) -> Array:
     """Compute the neural tangent kernel of the net at these parameters.
 
@@ -222,29 +230,31 @@ def ntk(
     array([13.,  1.])
     """
     net = validation.network(params, X1, activation, backend, name="X1")
-    X1, X2 = net.X, validation.like_inputs(X2, "X2", net, backend)
-    xp = net.spec.xp
-    deltas = net.spec.sizes[-1] * tangents.row_numbers(net.spec)
+    return _kernel(net.spec, net.params, net.X, validation.like_inputs(X2, "X2", net, backend))
+
+
+def _kernel(spec: Spec, params: list[Layer], X1: Array, X2: Array) -> Array:
+    xp, deltas = spec.xp, spec.sizes[-1] * tangents.row_numbers(spec)
     cuts = list(row_blocks(xp, X2, deltas))
     strips = []
     for cut in row_blocks(xp, X1, deltas):
-        parts = [hessians.kernel(net.spec, net.params, X1[cut, :], X2[other, :]) for other in cuts]
+        parts = [hessians.kernel(spec, params, X1[cut, :], X2[other, :]) for other in cuts]
         strips.append(xp.concat(parts, axis=2))
     return joined(xp, strips)
 
 
 @public
 def linear_operator(
-    kind: str,
+    kind: Literal["hessian", "ggn", "fisher"],
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    reduction: str = "mean",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
 ) -> Any:
     """Make a SciPy LinearOperator of the Hessian, the Gauss-Newton or the Fisher matrix.
 

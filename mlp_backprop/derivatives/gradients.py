@@ -1,13 +1,23 @@
 """The public functions on a whole net: check the arguments, plan a pass, run it."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from mlp_backprop import backprop
 from mlp_backprop.edge import validation
 from mlp_backprop.edge.calls import public
 from mlp_backprop.engines import choice
-from mlp_backprop.types import Array, Layer, LossAndGrads, Params
+from mlp_backprop.types import (
+    ActivationNames,
+    Array,
+    ArrayLike,
+    BackendName,
+    Layer,
+    LossAndGrads,
+    LossName,
+    Params,
+    Precision,
+    Reduction,
+)
 
 
 class Trace(NamedTuple):
@@ -28,23 +38,24 @@ class Trace(NamedTuple):
 @public
 def compute_grads(
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    reduction: str = "mean",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
-    precision: str = "float32",
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
+    precision: Precision = "float32",
 ) -> LossAndGrads:
     """Compute a loss and its exact gradient with respect to every weight and bias.
 
     Parameters
     ----------
-    params : sequence of (W, b)
+    params : sequence of (W, b), or Net
         One pair per layer; W has shape (d_l, d_{l-1}), as in torch's nn.Linear, b has (d_l,).
-        Their floating dtype is the one everything is computed in.
+        Their floating dtype is the one everything is computed in. A Net brings its activation
+        and its loss along.
     X : array (n, d_0)
         Inputs, one row per sample. Same dtype as the parameters; integers, booleans and lists
         are converted.
@@ -52,14 +63,14 @@ def compute_grads(
         Targets (n, d_L), of the same dtype. For "binary_cross_entropy" values in [0, 1]. For
         "softmax_cross_entropy" class indices (n,), integers, or weights per class (n, d_L),
         which need not sum to 1.
-    activation : str or sequence of str
+    activation : str or sequence of str, optional
         "identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu" or
         "gelu_tanh". One name is for every hidden layer, before an identity output; a sequence
-        names all L layers.
-    loss : str
+        names all L layers. None: the Net's own, or "sigmoid".
+    loss : str, optional
         "squared_error" (without a factor 1/2), "absolute_error", "huber", "poisson",
         "binary_cross_entropy" or "softmax_cross_entropy", summed over the outputs of a sample.
-        The last three take logits.
+        The last three take logits. None: the Net's own, or "squared_error".
     reduction : {"mean", "sum"}
         "sum" over the samples, each times its weight, or that sum divided by the sum of the
         weights.
@@ -113,19 +124,20 @@ def compute_grads(
     >>> [grad.W.shape for grad in grads]
     [(10, 2), (5, 10), (1, 5)]
     """
-    spec, layers, X, y, weight = validation.problem(
+    problem = validation.problem(
         params, X, y, activation, loss, reduction, sample_weight, backend, precision=precision
     )
-    return choice.plan(spec, X.shape[0], backend, precision)(layers, X, y, weight, reduction)
+    run = choice.plan(problem.spec, problem.X.shape[0], backend, precision)
+    return run(*problem[1:], reduction)
 
 
 @public
 def forward(
     params: Params,
-    X: Array,
+    X: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    backend: BackendName | None = None,
 ) -> Array:
     """Compute the outputs of the last layer, after its activation.
 
@@ -152,13 +164,13 @@ def forward(
 @public
 def trace(
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
 ) -> Trace:
     """Compute a loss and its gradient and keep everything in between, to look at.
 

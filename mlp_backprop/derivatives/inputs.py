@@ -6,7 +6,7 @@ The maths is in jets.py. Whatever the number of rows, a pass keeps the arrays of
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from mlp_backprop import backprop
 from mlp_backprop.edge import validation
@@ -15,20 +15,29 @@ from mlp_backprop.edge.calls import public
 from mlp_backprop.edge.validation import Problem
 from mlp_backprop.maths import jets
 from mlp_backprop.maths.row_blocks import joined, part, row_blocks
-from mlp_backprop.types import Array, Layer, Params
+from mlp_backprop.types import (
+    ActivationNames,
+    Array,
+    ArrayLike,
+    BackendName,
+    Layer,
+    LossName,
+    Params,
+    Reduction,
+)
 
 
 @public
 def input_grads(
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    reduction: str = "mean",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
 ) -> Array:
     """Compute the gradient of the loss with respect to the inputs.
 
@@ -62,9 +71,12 @@ def input_grads(
     >>> input_grads([([[2.0]], [1.0])], X=[[3.0]], y=[[5.0]])
     array([[8.]])
     """
-    spec, layers, X, y, weight = validation.problem(
-        params, X, y, activation, loss, reduction, sample_weight, backend
-    )
+    problem = validation.problem(params, X, y, activation, loss, reduction, sample_weight, backend)
+    return _input_grads(problem, reduction)
+
+
+def _input_grads(problem: Problem, reduction: str) -> Array:
+    spec, layers, X, y, weight = problem
     xp, parts = spec.xp, []
     for rows in row_blocks(xp, X, 2 * sum(spec.sizes)):
         Z, H = backprop.forward(spec, layers, X[rows, ...])
@@ -78,11 +90,11 @@ def input_grads(
 @public
 def jacobian(
     params: Params,
-    X: Array,
+    X: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    wrt: str = "inputs",
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    wrt: Literal["inputs", "params"] = "inputs",
+    backend: BackendName | None = None,
 ) -> Array | list[Layer]:
     """Compute the derivative of every output of every row.
 
@@ -159,10 +171,10 @@ JACOBIANS = {"inputs": _input_jacobian, "params": _params_jacobian}
 @public
 def input_hessian_diag(
     params: Params,
-    X: Array,
+    X: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    backend: BackendName | None = None,
 ) -> Array:
     """Compute the diagonal of the Hessian of every output by the inputs.
 
@@ -204,11 +216,11 @@ def input_hessian_diag(
 @public
 def laplacian(
     params: Params,
-    X: Array,
+    X: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
+    activation: ActivationNames | None = None,
     inputs: Sequence[int] | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Array:
     """Compute the sum of the second derivatives of every output by the inputs.
 
@@ -253,11 +265,11 @@ def laplacian(
 @public
 def input_hessian_entries(
     params: Params,
-    X: Array,
+    X: ArrayLike,
     pairs: Iterable[tuple[int, int]],
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    backend: BackendName | None = None,
 ) -> Array:
     """Compute chosen second derivatives of every output by the inputs.
 

@@ -3,7 +3,7 @@
 The mathematics stands in samples.py: equations (P1) to (P5).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from numbers import Real
 
 from mlp_backprop import backprop
@@ -15,19 +15,29 @@ from mlp_backprop.engines import choice
 from mlp_backprop.maths import samples
 from mlp_backprop.maths.row_blocks import added_losses, joined
 from mlp_backprop.maths.samples import Factors
-from mlp_backprop.types import Array, Layer, LossAndGrads, Params
+from mlp_backprop.types import (
+    ActivationNames,
+    Array,
+    ArrayLike,
+    BackendName,
+    Layer,
+    LossAndGrads,
+    LossName,
+    Params,
+    Reduction,
+)
 
 
 @public
 def per_sample_grads(
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
 ) -> list[Layer]:
     """Compute the gradient of the loss of every single sample.
 
@@ -83,13 +93,13 @@ def per_sample_grads(
 @public
 def per_sample_grad_norms(
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
     per_layer: bool = False,
 ) -> Array:
     """Compute the Euclidean norm of every sample's gradient, without forming the gradients.
@@ -145,15 +155,15 @@ def per_sample_grad_norms(
 @public
 def clipped_grads(
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     *,
     max_norm: float,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    reduction: str = "mean",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
 ) -> LossAndGrads:
     """Compute a loss, and the sum of its samples' gradients, each clipped to a norm.
 

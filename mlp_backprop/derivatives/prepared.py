@@ -1,6 +1,7 @@
 """The prepared call: everything that shapes decide is done once, and then only the arithmetic."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -12,7 +13,20 @@ from mlp_backprop.edge.arguments import Argument, dtype_name
 from mlp_backprop.edge.calls import quietly
 from mlp_backprop.edge.kinds import Kinds
 from mlp_backprop.engines import choice
-from mlp_backprop.types import Array, Layer, LossAndGrads, Params, flat
+from mlp_backprop.types import (
+    ActivationNames,
+    Array,
+    ArrayLike,
+    BackendName,
+    Layer,
+    LossAndGrads,
+    LossName,
+    Net,
+    Params,
+    Precision,
+    Reduction,
+    flat,
+)
 
 _shape = attrgetter("shape")
 
@@ -21,11 +35,11 @@ def prepare_grads(
     params: Params,
     *,
     n: int,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    reduction: str = "mean",
-    backend: str | None = None,
-    precision: str = "float32",
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    reduction: Reduction = "mean",
+    backend: BackendName | None = None,
+    precision: Precision = "float32",
 ) -> "PreparedGrads":
     """Prepare `compute_grads` for many calls with nets and batches of the same shapes.
 
@@ -72,7 +86,9 @@ def prepare_grads(
     spec = validation.specification(
         params, activation, loss, reduction, backend, precision=precision
     )
-    return PreparedGrads(spec, int(n), activation, reduction, backend, precision)
+    net = params if isinstance(params, Net) else Net(())
+    names = net.activation if activation is None else activation
+    return PreparedGrads(spec, int(n), names, reduction, backend, precision)
 
 
 class PreparedGrads:
@@ -82,13 +98,14 @@ class PreparedGrads:
         self,
         spec: Spec,
         n: int,
-        activation: str | Sequence[str],
-        reduction: str,
-        backend: str | None,
-        precision: str,
+        activation: ActivationNames,
+        reduction: Reduction,
+        backend: BackendName | None,
+        precision: Precision,
     ) -> None:
         self._made_of = spec, n, activation, reduction, backend, precision
         self._spec, self._n, self._reduction, self._backend = spec, n, reduction, backend
+        self._names = activation, spec.loss.name
         self._kinds = Kinds(spec)
         self._run = choice.plan(spec, n, backend, precision)
         self._looks_at_y = spec.loss.targets != "real" and not self._run.checks_labels
@@ -116,7 +133,7 @@ class PreparedGrads:
         return _prepared_anew, (library, spec.sizes, dtype, spec.loss.name, *others)
 
     def bind(
-        self, params: Params, X: Array, y: Array, sample_weight: Array | None = None
+        self, params: Params, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
     ) -> Callable[[], LossAndGrads]:
         """Prepare for the same arrays again and again, to be changed in place.
 
@@ -147,27 +164,27 @@ class PreparedGrads:
         ...         W -= 0.1 * dW
         ...         b -= 0.1 * db
         """
-        given = params, X, y, sample_weight
+        given: Any = self._unwrapped(params), X, y, sample_weight
         fits = self._kinds.fit(*given)
-        with self._on_stream(X):
-            layers, *data = given if fits else self._checked(*given)
-            self._check_n(data[0])
+        on_stream = partial(self._on_stream, X)  # as it was passed: torch's, perhaps
+        with on_stream():
+            own, X, y, weight = given if fits else self._checked(*given)
+            self._check_n(X)
             if fits:
-                self._check_values(*data)
-            own = [Layer(W, b) for W, b in layers]  # the list may change
-            X_, y_, weight = data
-            run = quietly(self._run.bound)(own, X_, y_, weight, self._reduction)
-        arrays = [array for array in (*data, *flat(own)) if array is not None]
+                self._check_values(X, y, weight)
+            own = [Layer(W, b) for W, b in own]  # the list may change
+            run = quietly(self._run.bound)(own, X, y, weight, self._reduction)
+        arrays = [A for A in (X, y, weight, *flat(own)) if A is not None]
         shapes = [*map(_shape, arrays)]
 
         def call() -> LossAndGrads:
             if [*map(_shape, arrays)] != shapes:
                 raise ValueError("an array was resized or reshaped after bind: bind anew")
-            self._check_values(*data)
+            self._check_values(X, y, weight)
             return run()
 
         def call_on_stream() -> LossAndGrads:
-            with self._on_stream(X):
+            with on_stream():
                 return call()
 
         bound: Callable[[], LossAndGrads] = quietly(call if fits else call_on_stream)
@@ -177,14 +194,14 @@ class PreparedGrads:
     def __call__(
         self,
         params: Params,
-        X: Array,
-        y: Array,
-        sample_weight: Array | None = None,
+        X: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
         *,
         out: Params | None = None,
     ) -> LossAndGrads:
         """Loss and gradients, as `compute_grads` gives them."""
-        given = params, X, y, sample_weight
+        given = self._unwrapped(params), X, y, sample_weight
         if self._kinds.fit(*given) and (out is None or self._kinds.fit_grads(out)):
             self._check_values(X, y, sample_weight)
             return self._call(*given, out)
@@ -198,6 +215,12 @@ class PreparedGrads:
         arrays = validation.check_out(out, self._spec)
         loss, _ = self._run(params, X, y, weight, self._reduction, arrays)
         return LossAndGrads(loss, [Layer(W, b) for W, b in out])
+
+    def _unwrapped(self, params: Any) -> Any:
+        """The parameters of a Net of the same names; another one is for the full checks."""
+        if type(params) is Net and params[1:] == self._names:
+            return params.params
+        return params
 
     def _on_stream(self, X: Array) -> Any:
         return backends.callers_stream([X], self._backend)
@@ -229,15 +252,9 @@ class PreparedGrads:
 
 
 def _prepared_anew(
-    library: str,
-    sizes: tuple[int, ...],
-    dtype: str,
-    loss: str,
-    n: int,
-    activation: str | Sequence[str],
-    *others: Any,
+    library: str, sizes: tuple[int, ...], dtype: str, loss: str, n: int, *options: Any
 ) -> PreparedGrads:
-    xp = backends.namespace(library)
-    rows, loss_row = rules.table_rows(len(sizes) - 1, activation, loss, "sum")
+    xp, (activation, *_) = backends.namespace(library), options
+    rows, loss_row = rules.table_rows((), len(sizes) - 1, activation, loss, "sum")
     own = np.dtype(dtype) if xp is np or library == "cupy" else getattr(xp, dtype)
-    return PreparedGrads(Spec(xp, sizes, own, rows, loss_row), n, activation, *others)
+    return PreparedGrads(Spec(xp, sizes, own, rows, loss_row), n, *options)

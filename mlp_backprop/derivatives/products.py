@@ -3,7 +3,6 @@
 The mathematics stands in tangents.py: equations (V1) to (V6).
 """
 
-from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -16,7 +15,17 @@ from mlp_backprop.engines import choice
 from mlp_backprop.losses import Loss
 from mlp_backprop.maths.row_blocks import added, joined, row_blocks
 from mlp_backprop.maths.tangents import KINDS, Kind, row_numbers, tangents
-from mlp_backprop.types import Array, Layer, Namespace, Params
+from mlp_backprop.types import (
+    ActivationNames,
+    Array,
+    ArrayLike,
+    BackendName,
+    Layer,
+    LossName,
+    Namespace,
+    Params,
+    Reduction,
+)
 
 
 def _inner_product(xp: Namespace, H: Array, U: Array) -> tuple[Array, Array]:
@@ -36,11 +45,11 @@ INNER_PRODUCT = Loss(
 @public
 def jvp(
     params: Params,
-    X: Array,
+    X: ArrayLike,
     v: Params,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    backend: BackendName | None = None,
 ) -> Array:
     """Compute J v, the change of the outputs as the parameters move along v.
 
@@ -87,11 +96,11 @@ def jvp(
 @public
 def vjp(
     params: Params,
-    X: Array,
-    u: Array,
+    X: ArrayLike,
+    u: ArrayLike,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    backend: BackendName | None = None,
 ) -> list[Layer]:
     """Compute Jᵀ u, the gradient of the sum of u ∘ H_L with respect to the parameters.
 
@@ -124,28 +133,29 @@ def vjp(
     [Layer(W=array([[43.]]), b=array([11.]))]
     """
     net = validation.network(params, X, activation, backend)
-    u = validation.like_outputs(u, "u", net, backend)
-    spec, layers, X = net.spec._replace(loss=INNER_PRODUCT), net.params, net.X
+    U = validation.like_outputs(u, "u", net, backend)
+    spec = net.spec._replace(loss=INNER_PRODUCT)
 
-    def sums(cut: slice) -> list[Layer]:
-        return backprop.loss_and_grad_sums(spec, layers, X[cut, :], u[cut, :], None).grads
+    def sums(rows: slice) -> list[Layer]:
+        block = net.X[rows, :], U[rows, :], None
+        return backprop.loss_and_grad_sums(spec, net.params, *block).grads
 
-    total = reduce(added, map(sums, row_blocks(spec.xp, X, row_numbers(spec))))
+    total = reduce(added, map(sums, row_blocks(spec.xp, net.X, row_numbers(spec))))
     return backprop.reduced(spec, Sums(0.0, 1.0, total), "sum").grads
 
 
 @public
 def hvp(
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     v: Params,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    reduction: str = "mean",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
 ) -> list[Layer]:
     """Compute H v, the Hessian of the loss with respect to all parameters, times a vector.
 
@@ -190,15 +200,15 @@ def hvp(
 @public
 def ggnvp(
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     v: Params,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    reduction: str = "mean",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
 ) -> list[Layer]:
     """Compute Jᵀ A J v, the generalised Gauss-Newton matrix times a vector.
 
@@ -238,15 +248,15 @@ def ggnvp(
 @public
 def fisher_vp(
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     v: Params,
     *,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    reduction: str = "mean",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
 ) -> list[Layer]:
     """Compute F v, the Fisher information matrix of the net times a vector.
 

@@ -21,7 +21,17 @@ from mlp_backprop.edge.validation import Problem
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.maths import jets
 from mlp_backprop.maths.row_blocks import added_losses, joined, part, row_blocks
-from mlp_backprop.types import Array, Layer, LossAndGrads, Params
+from mlp_backprop.types import (
+    ActivationNames,
+    Array,
+    ArrayLike,
+    BackendName,
+    Layer,
+    LossAndGrads,
+    LossName,
+    Params,
+    Reduction,
+)
 
 Residual = Callable[[Array, Array, Array, Array], tuple[Array, Sequence[Array | None]]]
 
@@ -29,16 +39,16 @@ Residual = Callable[[Array, Array, Array, Array], tuple[Array, Sequence[Array | 
 @public
 def sobolev_grads(
     params: Params,
-    X: Array,
-    y: Array,
-    dy: Array,
+    X: ArrayLike,
+    y: ArrayLike,
+    dy: ArrayLike,
     *,
     weight: float = 1.0,
-    activation: str | Sequence[str] = "sigmoid",
-    loss: str = "squared_error",
-    reduction: str = "mean",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    activation: ActivationNames | None = None,
+    loss: LossName | None = None,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
 ) -> LossAndGrads:
     """Compute a loss of outputs and slopes, and its gradient by every weight and bias.
 
@@ -81,15 +91,18 @@ def sobolev_grads(
     (5.0, array([[14.]]))
     """
     problem = validation.problem(params, X, y, activation, loss, reduction, sample_weight, backend)
+    shape = problem.X.shape[0], problem.spec.sizes[-1], problem.spec.sizes[0]
+    slopes = validation.of_shape(dy, "dy", shape, problem, backend)
+    return _sobolev_grads(problem, slopes, _checked_weight(weight), reduction)
+
+
+def _sobolev_grads(problem: Problem, dy: Array, weight: float, reduction: str) -> LossAndGrads:
     spec, layers, X, y, row_weight = problem
-    n_in, n_out = spec.sizes[0], spec.sizes[-1]
-    dy = validation.of_shape(dy, "dy", (X.shape[0], n_out, n_in), problem, backend)
-    weight = _checked_weight(weight)
     sums = (
         _sobolev_sums(
             spec, layers, X[rows, ...], y[rows, ...], dy[rows, ...], weight, part(row_weight, rows)
         )
-        for rows in _blocks(spec, X, 2 * min(n_in, n_out))
+        for rows in _blocks(spec, X, 2 * min(spec.sizes[0], spec.sizes[-1]))
     )
     return _reduced(spec, sums, X, row_weight, reduction)
 
@@ -133,14 +146,14 @@ def _sobolev_sums(
 @on_stream_of_arguments
 def residual_grads(
     params: Params,
-    X: Array,
+    X: ArrayLike,
     residual: Residual,
     *,
-    activation: str | Sequence[str] = "sigmoid",
+    activation: ActivationNames | None = None,
     inputs: Sequence[int] | None = None,
-    reduction: str = "mean",
-    sample_weight: Array | None = None,
-    backend: str | None = None,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayLike | None = None,
+    backend: BackendName | None = None,
 ) -> LossAndGrads:
     """Compute the sum of squares of a residual, and its gradient by every weight and bias.
 
@@ -203,8 +216,14 @@ def residual_grads(
         params, X, activation, backend, reduction=reduction, sample_weight=sample_weight
     )
     _check_smooth(net.spec.activations)
-    spec, layers, X, _, weight = net
-    spec = spec._replace(loss=LOSSES["squared_error"])  # of the residual and 0
+    squares = net.spec._replace(loss=LOSSES["squared_error"])  # of the residual and 0
+    return _residual_grads(net._replace(spec=squares), residual, inputs, reduction, backend)
+
+
+def _residual_grads(
+    problem: Problem, residual: Residual, inputs: Any, reduction: str, backend: str | None
+) -> LossAndGrads:
+    spec, layers, X, _, weight = problem
     xp, n_in = spec.xp, spec.sizes[0]
     V, c = jets.basis(xp, n_in, X), _coefficients(spec, X, inputs)
     q = partial(jets.laplacian_square, xp, c=c)
@@ -220,7 +239,7 @@ def residual_grads(
         _, H, tape = last
         outputs.append((H[-1], xp.permute_dims(tape[-1].Ht, (1, 2, 0)), tape[-1].Hs))
     Y, dY, lap = (joined(xp, list(parts)) for parts in zip(*outputs, strict=True))
-    r, partials = _read_residual(residual(X, Y, dY, lap), net, dY, backend)
+    r, partials = _read_residual(residual(X, Y, dY, lap), problem, dY, backend)
     values, G, GJ, Gs = _residual_loss(spec, r, partials, dY, weight)
 
     @quietly

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from mlp_backprop.edge import backends
-from mlp_backprop.types import Array, DType, Layer, Namespace, flat
+from mlp_backprop.types import Array, DType, Layer, Namespace, Net, flat
 
 Row = TypeVar("Row")
 
@@ -95,6 +95,8 @@ def _not_real(name: str, floating: str, dtype: str) -> TypeError:
 def read_params(params: Any, name: str = "params") -> list[Layer]:
     """The layers, as arguments named by layer."""
     of = "" if name == "params" else f" in {name}"
+    if isinstance(params, Net):
+        params = params.params
     if not isinstance(params, Sequence) or isinstance(params, str):
         raise TypeError(
             f"{name} must be a sequence of (W, b) pairs, one per layer, "

@@ -11,7 +11,7 @@ from mlp_backprop.backprop import Activations
 from mlp_backprop.edge import backends
 from mlp_backprop.edge.arguments import Argument, Home, table_row, type_name
 from mlp_backprop.losses import LOSSES, Loss
-from mlp_backprop.types import Array, Layer
+from mlp_backprop.types import Array, Layer, Net
 
 REDUCTIONS = {"mean": "divided by the sum of the weights", "sum": "not divided"}
 
@@ -24,17 +24,32 @@ PRECISIONS = {
 }
 
 
+ABSENT = object()  # in the place of targets and loss; None may be a caller's mistake
+
+
 def table_rows(
-    n_layers: int, activation: Any, loss: Any, reduction: Any
+    params: object, n_layers: int, activation: Any, loss: Any, reduction: Any
 ) -> tuple[Activations, Any]:
-    """The rows that the names stand for; there may be no loss."""
-    rows = activation_rows(activation, n_layers)
+    """The rows that the names stand for: those of a Net, those given, or the defaults."""
+    net = params if isinstance(params, Net) else Net(())
+    rows = activation_rows(net.activation if activation is None else activation, n_layers)
+    if net is params and rows != activation_rows(net.activation, n_layers):
+        raise _said_otherwise("activation", activation, net.activation)
     table_row("reduction", reduction, REDUCTIONS)
-    if loss is None:
+    if loss is ABSENT:
         return rows, None
-    loss_row = table_row("loss", loss, LOSSES)
+    loss_row = table_row("loss", net.loss if loss is None else loss, LOSSES)
+    if net is params and loss_row.name != net.loss:
+        raise _said_otherwise("loss", loss, net.loss)
     check_output_activation(loss_row, rows)
     return rows, loss_row
+
+
+def _said_otherwise(what: str, given: object, own: object) -> ValueError:
+    return ValueError(
+        f"{what}={given!r} was passed with a Net whose {what} is {own!r}: leave it out, or pass "
+        f"net._replace({what}={given!r})"
+    )
 
 
 def activation_rows(activation: object, n_layers: int) -> Activations:

@@ -21,6 +21,7 @@ from mlp_backprop.edge.arguments import (
     read_params,
 )
 from mlp_backprop.edge.rules import (
+    ABSENT,
     check_inputs,
     check_layer_shapes,
     check_precision,
@@ -49,9 +50,6 @@ class Problem(NamedTuple):
         return Home(self.spec.xp, backends.device_of(self.spec.xp, self.X))
 
 
-ABSENT = object()  # in the place of targets; None would be a mistake of the caller's
-
-
 def network(
     params: Params,
     X: Array,
@@ -64,7 +62,7 @@ def network(
 ) -> Problem:
     """Check the arguments of a function that has no targets, and so no loss."""
     return problem(
-        params, X, ABSENT, activation, None, reduction, sample_weight, backend, name=name
+        params, X, ABSENT, activation, ABSENT, reduction, sample_weight, backend, name=name
     )
 
 
@@ -84,7 +82,7 @@ def problem(
 ) -> Problem:
     """Check the arguments of a gradient; looking at values on a device waits for it."""
     layers = _shared_layers(read_params(params), backend)
-    rows, loss_row = table_rows(len(layers), activation, loss, reduction)
+    rows, loss_row = table_rows(params, len(layers), activation, loss, reduction)
     inputs = shared(read(name, X), backend)
     targets = None if y is ABSENT else shared(read("y", y), backend)
     weight = None
@@ -125,7 +123,7 @@ def specification(
 ) -> Spec:
     """Check what is known before data comes: the parameters and the names."""
     layers = _shared_layers(read_params(params), backend)
-    rows, loss_row = table_rows(len(layers), activation, loss, reduction)
+    rows, loss_row = table_rows(params, len(layers), activation, loss, reduction)
     home = common_home(flat(layers), backend)
     sizes = check_layer_shapes(layers)
     dtype = common_dtype(layers, home)

@@ -14,7 +14,7 @@ from mlp_backprop.edge.arguments import (
     table_row,
     type_name,
 )
-from mlp_backprop.types import Array, Layer
+from mlp_backprop.types import Array, BackendName, Layer
 
 Scheme = Callable[[np.random.Generator, int, int], tuple[Array, Array]]
 
@@ -42,7 +42,7 @@ def init_params(
     *,
     scheme: str = "linear",
     dtype: str = "float64",
-    backend: str = "numpy",
+    backend: BackendName = "numpy",
 ) -> list[Layer]:
     """Draw initial weights and biases.
 

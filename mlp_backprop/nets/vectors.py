@@ -7,7 +7,7 @@ nn.Linear. Axes in front are kept: those of per-sample gradients, Jacobians, sta
 import math
 
 from mlp_backprop.edge.arguments import common_dtype, common_home, read, read_params
-from mlp_backprop.types import Array, Layer, Namespace, Params, flat
+from mlp_backprop.types import Array, ArrayLike, Layer, Namespace, Params, flat
 
 
 def ravel_params(params: Params) -> Array:
@@ -58,7 +58,7 @@ def ravel_params(params: Params) -> Array:
     return ravel(home.xp, placed)
 
 
-def unravel_params(x: Array, params: Params) -> list[Layer]:
+def unravel_params(x: ArrayLike, params: Params) -> list[Layer]:
     """Cut a vector into weights and biases: the inverse of `ravel_params`.
 
     Parameters
@@ -99,7 +99,7 @@ def unravel_params(x: Array, params: Params) -> list[Layer]:
     return unravel(vector.xp, vector.array, like)
 
 
-def n_params(params: Params) -> int:
+def n_params(params: list[Layer]) -> int:
     """P, how many numbers the parameters are."""
     return sum(math.prod(A.shape) for A in flat(params))
 

@@ -1,1 +1,6 @@
-"""The command line, what it computes and how it is shown."""
+"""The command line: what it computes, and how that is shown.
+
+Internal: what is public can be imported from mlp_backprop itself.
+"""
+
+__all__: list[str] = []

@@ -23,7 +23,7 @@ from mlp_backprop.checks.checking import check_grads
 from mlp_backprop.derivatives.gradients import Trace, compute_grads, trace
 from mlp_backprop.edge import backends
 from mlp_backprop.nets.initial import init_params
-from mlp_backprop.types import Array, Layer
+from mlp_backprop.types import Array, Layer, LossName
 
 TORCH_TOLERANCES = {"float32": 1e-6, "float64": 1e-12}
 
@@ -39,7 +39,7 @@ class Example(NamedTuple):
     params: list[Layer]
     X: Array
     y: Array
-    loss: str
+    loss: LossName
 
 
 class Worked(NamedTuple):
