@@ -24,7 +24,7 @@ verify: .venv/installed-verify
 test: .venv/installed-test bench-quick
 	.venv/bin/python -m pytest
 
-test-kernels: .venv/installed-test
+test-kernels: .venv/installed-kernels
 	.venv/bin/python -m pytest -m kernels
 
 # The results of bench-quick show that the benchmarks run, not how fast anything is.
@@ -62,6 +62,12 @@ clean:
 .venv/installed-test: .venv/bin/python pyproject.toml constraints.txt
 	@echo "Installing mlp-backprop with everything the tests compare with into .venv ..."
 	$(PIP) --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# A few hundred megabytes, for a header and the library that goes with it.
+.venv/installed-kernels: .venv/installed-test
+	@echo "Installing cuBLAS into .venv, which the tests of the kernels read ..."
+	$(PIP) --constraint constraints.txt --editable '.[kernels]'
 	touch $@
 
 .venv/installed-lint: .venv/bin/python pyproject.toml constraints.txt

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from cuda_card import cupy_on_a_card
 
 from mlp_backprop.backprop import Spec
 from mlp_backprop.edge import backends
@@ -45,15 +46,23 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     """Every array library in turn; one that is missing is skipped, with the reason."""
     name = request.param
     array, numpy = BACKENDS[name]
+    if name == "cupy":
+        cupy_on_a_card()
     try:
         if name in backends.BACKENDS:
-            backends.namespace(name)  # for CuPy, this asks for a device as well
+            backends.namespace(name)
         library = importlib.import_module(name)
     except ImportError as error:
         pytest.skip(str(error))
     for attribute in array.split("."):
         library = getattr(library, attribute)
     return Backend(name, library, numpy)
+
+
+@pytest.fixture(scope="session")
+def cupy() -> Any:
+    """CuPy, where there is a card."""
+    return cupy_on_a_card()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cupy_api
 import numpy as np
 import pytest
 
@@ -87,7 +88,8 @@ class Module:
 
         Arguments are as for CuPy: C-contiguous arrays, None for a null pointer, NumPy numbers of
         the kernel's own types, int for int64, float for double; also lists of arrays, for a struct
-        of pointers. `backward` runs blocks and threads from the last to the first.
+        of pointers, or such a struct itself. `backward` runs blocks and threads from the last to
+        the first.
         """
         arrays: list[Guarded] = []
 
@@ -99,6 +101,8 @@ class Module:
 
         def value(argument: Any) -> Any:
             """What the kernel gets: kept alive until it has run."""
+            if isinstance(argument, np.ndarray) and argument.dtype.kind == "V":
+                return (ctypes.c_char * argument.nbytes).from_buffer_copy(argument.tobytes())
             if isinstance(argument, list):
                 return (ctypes.c_void_p * len(argument))(*map(address, argument))
             if argument is None or isinstance(argument, np.ndarray):
@@ -153,15 +157,15 @@ class Guarded:
 # Arrays that tell their address as CuPy's do ------------------------------------------------------
 
 
-class Place:
-    """As cupy.cuda.MemoryPointer: a byte of an array."""
+class Place(cupy_api.StandIn, of="cuda.MemoryPointer"):
+    """A byte of an array."""
 
     def __init__(self, array: np.ndarray, offset: int = 0) -> None:
-        self.array, self.offset = array, offset
+        self._array, self._offset = array, offset
         self.ptr = array.ctypes.data + offset
 
     def __add__(self, offset: int) -> "Place":
-        return Place(self.array, self.offset + offset)
+        return Place(self._array, self._offset + offset)
 
 
 class DeviceArray(np.ndarray):
@@ -179,5 +183,5 @@ def on_device(A: np.ndarray | None) -> DeviceArray | None:
 def view(shape: tuple[int, ...], dtype: Any, place: Place) -> DeviceArray:
     """As cupy.ndarray(shape, dtype, memory)."""
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = place.array.reshape(-1).view(np.uint8)[place.offset :][:n_bytes]
+    memory = place._array.reshape(-1).view(np.uint8)[place._offset :][:n_bytes]
     return memory.view(dtype).reshape(shape)

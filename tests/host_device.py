@@ -1,12 +1,14 @@
 """A device made of host memory: so much of CuPy and cuBLASLt that whole passes run without a GPU.
 
-    cupy      arrays in memory with guards, streams, graphs that record and replay
+    cupy      arrays in memory with guards, streams, graphs that record and replay; made by
+              cupy_api.py, so that nothing is offered that the real library has not
     library   the C functions of cuBLASLt that cublaslt.py binds, over the C calling convention;
               matrices are read by columns, as cuBLAS does, and multiplied in float64
     module    kernels in the emulation
 
 All work goes through `enqueue`, which does it at once or records it. Addresses outside of what is
-allocated fail; fresh memory holds nan. Memory of arrays that are gone is given out again.
+allocated fail; fresh memory holds nan. Memory of arrays that are gone holds nan at once, and is
+given out again.
 """
 
 import ctypes
@@ -14,6 +16,7 @@ import sys
 import weakref
 from types import SimpleNamespace
 
+import cupy_api
 import emulation
 import numpy as np
 
@@ -34,21 +37,37 @@ class HostDevice:
         self.free = {}  # bytes: addresses and memory, as in CuPy's pool
         self.recording = None
         self.launches = []  # names, in order
+        self.n_graph_launches = 0
         self.current = 0
         self.lt = HostCublasLt(self)
-        self.cupy = SimpleNamespace(
-            empty=self.empty,
-            ndarray=ndarray,
-            ascontiguousarray=self.ascontiguousarray,
-            divide=np.divide,
-            get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: 0),
-            cuda=SimpleNamespace(
-                Device=lambda: SimpleNamespace(
-                    id=0, mem_info=(free_bytes, 1 << 40), attributes={"L2CacheSize": l2_bytes}
-                ),
-                Stream=lambda non_blocking: HostStream(self),
-                get_current_stream=lambda: SimpleNamespace(ptr=self.current),
+        self.facts = {
+            "id": 0,
+            "mem_info": (free_bytes, 1 << 40),
+            "compute_capability": "90",
+            "attributes": cupy_api.attributes(
+                L2CacheSize=l2_bytes,
+                MaxSharedMemoryPerBlockOptin=227 * 1024,
+                MaxSharedMemoryPerMultiprocessor=228 * 1024,
+                MultiProcessorCount=3,
             ),
+        }
+        pool = cupy_api.instance("cuda.MemoryPool", free_bytes=lambda: 0)
+        self.cupy = cupy_api.library(
+            {
+                "empty": self.empty,
+                "zeros": lambda shape, dtype: self.array(np.zeros(shape, dtype)),
+                "ndarray": ndarray,
+                "ascontiguousarray": self.ascontiguousarray,
+                "divide": np.divide,
+                "get_default_memory_pool": lambda: pool,
+                "cuda.Device": lambda: HostCard(self),
+                "cuda.Stream": lambda non_blocking: HostStream(self),
+                "cuda.get_current_stream": lambda: cupy_api.instance(
+                    "cuda.Stream", ptr=self.current
+                ),
+                "cuda.memory.OutOfMemoryError": MemoryError,
+                "cuda.runtime.getDevice": lambda: 0,
+            }
         )
 
     def install(self, monkeypatch):
@@ -65,6 +84,11 @@ class HostDevice:
             work()
         else:
             self.recording.append(work)
+
+    def launch_graph(self, work):
+        self.n_graph_launches += 1
+        for do in work:
+            self.enqueue(do)
 
     # Memory --------------------------------------------------------------------------------------
 
@@ -91,7 +115,9 @@ class HostDevice:
         return address, memory
 
     def _release(self, address, memory):
+        """CuPy's pool gives it to the next who asks, who may write to it before a kernel runs."""
         size = self.live.pop(address)
+        memory[...] = 0xFF
         self.free[size].append((address, memory))
 
     def array(self, values, shift=0):
@@ -138,7 +164,21 @@ class HostDevice:
 
             return launch
 
-        return SimpleNamespace(get_function=get_function)
+        return cupy_api.instance("RawModule", get_function=get_function)
+
+
+class HostCard(cupy_api.StandIn, of="cuda.Device"):
+    """The only device, which is always the current one."""
+
+    def __init__(self, device):
+        for name, fact in device.facts.items():
+            setattr(self, name, fact)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
 
 class HostArray(np.ndarray):
@@ -153,58 +193,63 @@ class HostArray(np.ndarray):
     def data(self):
         return HostMemory(self)
 
-    def copy(self):
+    @property
+    def device(self):
+        return HostCard(self.owner)
+
+    def copy(self, order="C"):
+        assert order == "C"
         copy = self.owner.empty(self.shape, self.dtype)
         copy[...] = self
         return copy
 
 
-class HostMemory:
-    """As cupy.cuda.MemoryPointer: what lies in an array from an offset on."""
+class HostMemory(cupy_api.StandIn, of="cuda.MemoryPointer"):
+    """What lies in an array from an offset on."""
 
     device_id = 0
 
     def __init__(self, array, offset=0):
-        self.array, self.offset, self.owner = array, offset, array.owner
+        self._array, self._offset, self._owner = array, offset, array.owner
         self.ptr = array.ctypes.data + offset if array.size else 0
 
     def __add__(self, offset):
-        return HostMemory(self.array, self.offset + offset)
+        return HostMemory(self._array, self._offset + offset)
 
     def memset_async(self, value, size):
-        self.owner.check(self.ptr, size)
-        self.owner.enqueue(lambda: ctypes.memset(self.ptr, value, size))
+        self._owner.check(self.ptr, size)
+        self._owner.enqueue(lambda: ctypes.memset(self.ptr, value, size))
 
-    def copy_from_device_async(self, source, size):
-        for pointer in (self.ptr, source.ptr):
-            self.owner.check(pointer, size)
-        self.owner.enqueue(lambda: ctypes.memmove(self.ptr, source.ptr, size))
+    def copy_from_device_async(self, src, size):
+        for pointer in (self.ptr, src.ptr):
+            self._owner.check(pointer, size)
+        self._owner.enqueue(lambda: ctypes.memmove(self.ptr, src.ptr, size))
 
 
 def ndarray(shape, dtype, memory):
     """As cupy.ndarray: the numbers there."""
     size = np.dtype(dtype).itemsize * int(np.prod(shape))
-    there = slice(memory.offset, memory.offset + size)
-    return memory.array.reshape(-1).view(np.uint8)[there].view(dtype).reshape(shape)
+    there = slice(memory._offset, memory._offset + size)
+    return memory._array.reshape(-1).view(np.uint8)[there].view(dtype).reshape(shape)
 
 
-class HostStream:
+class HostStream(cupy_api.StandIn, of="cuda.Stream"):
     def __init__(self, device):
-        self.device, self.ptr = device, id(self)
+        self._device, self.ptr = device, id(self)
 
     def __enter__(self):
-        self.before, self.device.current = self.device.current, self.ptr
+        self._before, self._device.current = self._device.current, self.ptr
         return self
 
     def __exit__(self, *_):
-        self.device.current = self.before
+        self._device.current = self._before
 
     def begin_capture(self):
-        self.device.recording = []
+        self._device.recording = []
 
     def end_capture(self):
-        work, self.device.recording = self.device.recording, None
-        return SimpleNamespace(launch=lambda stream: [do() for do in work])
+        work, self._device.recording = self._device.recording, None
+        return cupy_api.instance("cuda.Graph", launch=lambda: self._device.launch_graph(work))
 
 
 # cuBLASLt ----------------------------------------------------------------------------------------

@@ -66,7 +66,11 @@ IMPORTS = {
     "engines.cuda.arrays": ("types", "cupy numpy"),
     "engines.cuda.build": ("", "cupy"),
     "engines.cuda.cublaslt": ("", "cuda"),
-    "engines.cuda.tiny": ("backprop engines.cuda.arrays engines.cuda.build types", "cupy numpy"),
+    "engines.cuda.launches": ("types", "cupy"),
+    "engines.cuda.tiny": (
+        "backprop engines.cuda.arrays engines.cuda.build engines.cuda.launches types",
+        "cupy numpy",
+    ),
     "engines.cuda.layer_shapes": ("backprop engines.cuda.cublaslt engines.cuda.tiny", "numpy"),
     "engines.cuda.layer_calls": (
         "engines.cuda.arrays engines.cuda.cublaslt engines.cuda.layer_shapes types",
@@ -74,17 +78,17 @@ IMPORTS = {
     ),
     "engines.cuda.layers": (
         "backprop engines.cuda.arrays engines.cuda.build engines.cuda.cublaslt "
-        "engines.cuda.layer_calls engines.cuda.layer_shapes types",
+        "engines.cuda.launches engines.cuda.layer_calls engines.cuda.layer_shapes types",
         "cupy",
     ),
     "engines.cuda.warp_tiles": (
-        "backprop engines.cuda.arrays engines.cuda.build types",
+        "backprop engines.cuda.arrays engines.cuda.build engines.cuda.launches types",
         "cupy numpy",
     ),
     "engines.cuda.engine": (
         "backprop engines.cuda.arrays engines.cuda.layers engines.cuda.tiny "
         "engines.cuda.warp_tiles maths.row_blocks types",
-        "cupy",
+        "cupy numpy",
     ),
     "engines.memory": ("", "numpy"),
     "engines.schedule": ("backprop", ""),
@@ -204,6 +208,7 @@ ONLY_IN = {
         "engines.cuda.arrays",
         "engines.cuda.build",
         "engines.cuda.engine",
+        "engines.cuda.launches",
         "engines.cuda.layer_calls",
         "engines.cuda.layers",
         "engines.cuda.tiny",

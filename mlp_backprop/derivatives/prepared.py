@@ -133,7 +133,13 @@ class PreparedGrads:
         return _prepared_anew, (library, spec.sizes, dtype, spec.loss.name, *others)
 
     def bind(
-        self, params: Params, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+        self,
+        params: Params,
+        X: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        *,
+        constant_X: bool = False,
     ) -> Callable[[], LossAndGrads]:
         """Prepare for the same arrays again and again, to be changed in place.
 
@@ -141,6 +147,10 @@ class PreparedGrads:
         ----------
         params, X, y, sample_weight
             As for the prepared call, and refused as there.
+        constant_X : bool
+            A promise that X will not be changed. What a pass makes of X alone may then be made
+            now, and kept: its copy in bfloat16, where `precision` asks for one of wide nets on
+            CuPy, which is half as large as X. Parameters are converted in every call.
 
         Returns
         -------
@@ -173,7 +183,7 @@ class PreparedGrads:
             if fits:
                 self._check_values(X, y, weight)
             own = [Layer(W, b) for W, b in own]  # the list may change
-            run = quietly(self._run.bound)(own, X, y, weight, self._reduction)
+            run = quietly(self._run.bound)(own, X, y, weight, self._reduction, constant_X)
         arrays = [A for A in (X, y, weight, *flat(own)) if A is not None]
         shapes = [*map(_shape, arrays)]
 

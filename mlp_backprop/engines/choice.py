@@ -1,15 +1,16 @@
 """The one door to the engines: for each question the fastest way that covers it.
 
 An engine replaces a whole pass. It has `prepare(spec, n)`, which gives a run over up to n rows, or
-None for what it does not cover, and a run keeps one contract:
+None for what it does not cover, and all runs keep one contract:
 
     run(params, X, y, weight, reduction, out) -> LossAndGrads
 
 where `reduction` is "mean" or "sum" and `out` is None or has the arrays for the gradients. The
-results are the caller's to keep. A run may have a `bound` as well, for the same arrays again and
-again, and `checks_labels` if it refuses by itself what is no class. Those on the CPU have `sums`,
-in float64, which add up over blocks of rows. What no engine covers runs the
-derivation.
+results are the caller's to keep. What no engine covers runs the derivation. A run may have
+
+    bound(params, X, y, weight, reduction, constant_X)   a call for the same arrays again and again
+    checks_labels                                        whether it refuses what is no class itself
+    sums(params, X, y, weight)                           in float64, to be added up over blocks
 """
 
 import threading
@@ -53,14 +54,20 @@ class Pass:
         return self._alone(self._run, params, X, y, weight, reduction, out)
 
     def bound(
-        self, params: list[Layer], X: Array, y: Array, weight: Array | None, reduction: str
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        reduction: str,
+        constant_X: bool = False,
     ) -> Callable[[], LossAndGrads]:
-        """The pass over these arrays, whatever they hold when it is called."""
+        """The pass over these arrays, whatever they hold when it is called; X may be promised."""
         arrays = params, X, y, weight, reduction
         own = getattr(self._run, "bound", None)
         if own is None:
             return partial(self, *arrays)
-        return partial(self._alone, own(*arrays))
+        return partial(self._alone, own(*arrays, constant_X))
 
     def _alone(self, run: Callable[..., LossAndGrads], *arguments: Any) -> LossAndGrads:
         if not self._in_use.acquire(blocking=False):

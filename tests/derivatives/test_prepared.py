@@ -1,5 +1,7 @@
 """The prepared call: the bits of compute_grads for any batch that fits, and every refusal."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -24,8 +26,9 @@ def call(grad_fn, problem, **out):
     return grad_fn(problem.params, problem.X, problem.y, weight, **out)
 
 
-def bind(grad_fn, problem):
-    return grad_fn.bind(problem.params, problem.X, problem.y, problem.options["sample_weight"])
+def bind(grad_fn, problem, **options):
+    weight = problem.options["sample_weight"]
+    return grad_fn.bind(problem.params, problem.X, problem.y, weight, **options)
 
 
 def run(problem, **options):
@@ -193,6 +196,26 @@ def test_a_bound_call_equals_compute_grads_on_every_library(loss, weighted, back
     bound = bind(prepare(problem), problem)
     for _ in range(2):
         assert_same_bits(bound(), run(problem), backend.numpy)
+
+
+def test_a_constant_X_is_a_promise_that_every_library_takes(backend):
+    problem = make_problem().map(backend.array)
+    bound = bind(prepare(problem), problem, constant_X=True)
+    assert_same_bits(bound(), run(problem), backend.numpy)
+
+
+@pytest.mark.parametrize("constant_X", [False, True])
+def test_the_promise_reaches_the_engine(monkeypatch, constant_X):
+    promised = []
+
+    def bound(params, X, y, weight, reduction, constant_X):
+        promised.append(constant_X)
+        return lambda: (0.0, [])
+
+    run = choice.Pass(SimpleNamespace(bound=bound))
+    monkeypatch.setattr(choice, "plan", lambda *_: run)
+    bind(prepare(make_problem()), make_problem(), constant_X=constant_X)()
+    assert promised == [constant_X]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

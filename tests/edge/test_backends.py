@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import cupy_api
 import numpy as np
 import pytest
 from oracles import assert_grads_close, make_problem
@@ -55,12 +56,14 @@ def test_a_missing_backend_says_what_to_install(monkeypatch, name):
 
 
 def fake_cupy(device_count):
-    runtime = SimpleNamespace(
-        getDeviceCount=lambda: device_count,
-        getDeviceProperties=lambda i: {"name": f"GPU {i}".encode()},
-        CUDARuntimeError=RuntimeError,
+    return cupy_api.library(
+        {
+            "__version__": "14.0",
+            "cuda.runtime.getDeviceCount": lambda: device_count,
+            "cuda.runtime.getDeviceProperties": lambda i: {"name": f"GPU {i}".encode()},
+            "cuda.runtime.CUDARuntimeError": RuntimeError,
+        }
     )
-    return SimpleNamespace(__version__="14.0", cuda=SimpleNamespace(runtime=runtime))
 
 
 def test_the_devices_of_cupy(monkeypatch):
@@ -226,13 +229,15 @@ class Noted:
 def shared_memory(monkeypatch):
     """A tensor on cuda:1, where torch's current stream is 7, and a log of what CuPy is asked."""
     log = []
-    cuda = SimpleNamespace(
-        Device=lambda index: Noted(log, f"device {index}"),
-        Stream=SimpleNamespace(
-            from_external=lambda stream: Noted(log, f"stream {stream.__cuda_stream__()}")
-        ),
+    cupy = cupy_api.library(
+        {
+            "cuda.Device": lambda index: Noted(log, f"device {index}"),
+            "cuda.Stream.from_external": lambda stream: Noted(
+                log, f"stream {stream.__cuda_stream__()}"
+            ),
+            "from_dlpack": lambda array: ("shared", array),
+        }
     )
-    cupy = SimpleNamespace(cuda=cuda, from_dlpack=lambda array: ("shared", array))
     current_stream = lambda device: SimpleNamespace(cuda_stream=7)  # noqa: E731
     torch = SimpleNamespace(cuda=SimpleNamespace(current_stream=current_stream))
     monkeypatch.setitem(sys.modules, "cupy", cupy)

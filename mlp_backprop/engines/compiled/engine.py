@@ -89,9 +89,15 @@ class NarrowRun:
         return LossAndGrads(results[-2], grads if out is None else written(grads, out))
 
     def bound(
-        self, params: list[Layer], X: Array, y: Array, weight: Array | None, reduction: str
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        reduction: str,
+        constant_X: bool,
     ) -> Callable[[], LossAndGrads]:
-        """The pass over these arrays, into the same ones every time."""
+        """The pass over these arrays, into the same ones every time; X is read as it lies."""
         copies = list(zip(flat(self.params_by_layer), flat(params), strict=True))
         results = np.empty(len(self.params) + 2, self.params.dtype)
         grads = by_layer(results, self.sizes)

@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlp_backprop.types import Array, Layer, flat
-
-LossAndGrads = tuple[Array, list[Layer]]
+from mlp_backprop.types import Array, Layer, LossAndGrads, flat
 
 
 class Arguments(NamedTuple):
@@ -25,6 +23,7 @@ class Arguments(NamedTuple):
     weight: Array | None
     mean: bool
     out: list[Layer] | None
+    constant_X: bool = False  # for a bound call: what is made of X alone may be kept
 
 
 # Types of y, as they are called in C; labels of other types are cast to int64.
@@ -90,10 +89,11 @@ class Results:
         import cupy
 
         if out is not None:
-            return cupy.empty((), np.float32), out
+            return LossAndGrads(cupy.empty((), np.float32), out)
         memory = cupy.empty(self.size, np.float32).data
         *views, loss = [
             cupy.ndarray(shape, np.float32, memory + place)
             for shape, place in zip(self.shapes, self.places, strict=True)
         ]
-        return loss, [Layer(*pair) for pair in zip(views[::2], views[1::2], strict=True)]
+        grads = [Layer(*pair) for pair in zip(views[::2], views[1::2], strict=True)]
+        return LossAndGrads(loss, grads)

@@ -38,8 +38,9 @@ TRANSPOSE = 1  # cublasOperation
 DESC_TRANSPOSE_A, DESC_TRANSPOSE_B = 3, 4  # cublasLtMatmulDescAttributes
 PREF_WORKSPACE, PREF_REDUCTION, PREF_ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # ...MatmulPreference...
 
-# Parts of a long product may be summed in a second step, in the compute type; in place, the order
-# would be that in which they are done.
+# Parts of a long product (a dE/dW of few tiles and many rows) may be summed in a second step, in
+# the compute type, from the workspace: the library's heuristic decides whether, and how many.
+# In place, the order would be that in which they are done.
 REDUCTION_IN_COMPUTE_TYPE = 2
 
 NOT_INITIALIZED, NOT_SUPPORTED = 1, 15  # cublasStatus

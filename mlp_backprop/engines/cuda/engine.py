@@ -12,8 +12,11 @@ launch for a small net, and for a large one reads and writes of all gradients.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from mlp_backprop import backprop
 from mlp_backprop.backprop import Spec, Sums
@@ -25,10 +28,14 @@ from mlp_backprop.types import Array, Layer, LossAndGrads, flat
 
 TIERS: tuple[Any, ...] = (tiny, warp_tiles, cuda_layers)
 
+# Compute capability 8.0: from there on tensor cores have what tier 2, TF32 and bfloat16 ask for.
+# Older cards compute all of float32 in float32: tiny nets in tier 1, others layer by layer.
+TENSOR_CORES = 80
+
 MOST_PLANS = 8  # that are kept: streams may come and go
 
 # Some have a method `bound` as well: for the same arguments, the launches alone.
-TierRun = Callable[[Arguments], tuple[Array, list[Layer]]]
+TierRun = Callable[[Arguments], LossAndGrads]
 
 
 def prepare(spec: Spec, n: int, precision: str) -> "Runs":
@@ -38,6 +45,11 @@ def prepare(spec: Spec, n: int, precision: str) -> "Runs":
 
 def prepare_here(spec: Spec, n: int, precision: str) -> TierRun:
     """The first tier's run, on the current device and stream."""
+    import cupy
+
+    # A string, "75" or "120".
+    if int(cupy.cuda.Device().compute_capability) < TENSOR_CORES:
+        precision = "float32_exact"
     runs = (tier.prepare(spec, n, precision) for tier in TIERS)
     return next((run for run in runs if run is not None), None) or derivation(spec, n)
 
@@ -50,7 +62,7 @@ def derivation(spec: Spec, n: int) -> TierRun:
     sums_of, xp = partial(backprop.loss_and_grad_sums, spec), spec.xp
 
     def run(arguments: Arguments) -> LossAndGrads:
-        params, X, y, weight, mean, out = arguments
+        params, X, y, weight, mean, out = arguments[:6]
         # A prepared call hands on plain pairs, which is all that the kernels need.
         layers = [Layer(W, b) for W, b in params]
         step = max(1, n)
@@ -101,7 +113,13 @@ class Runs:
             return LossAndGrads(loss, backprop.written(grads, out))
 
     def bound(
-        self, params: list[Layer], X: Array, y: Array, weight: Array | None, reduction: str
+        self,
+        params: list[Layer],
+        X: Array,
+        y: Array,
+        weight: Array | None,
+        reduction: str,
+        constant_X: bool = False,
     ) -> Callable[[], LossAndGrads]:
         """The pass over these arrays, whatever they hold when it is called.
 
@@ -109,33 +127,54 @@ class Runs:
         """
         arrays = params, X, y, weight, reduction
         _, out = self(*arrays)  # which looks at devices, and plans
+        arguments = Arguments(params, X, y, weight, reduction == "mean", out, constant_X)
         with X.device:
-            here = _here()
-        bound, launch = getattr(self.runs[here], "bound", None), None
-        takes_y = y.ndim == 2 or y.dtype in TARGETS
-        if bound is not None and takes_y and all(map(_is_plain, _flat(params, X, y, weight))):
-            launch = bound(Arguments(params, X, y, weight, reduction == "mean", out))
+            here, launch = _here(), self._launches(arguments)
         if launch is None:
             return partial(self, *arrays, out)
 
         def call() -> LossAndGrads:
-            # A plan's workspace is for one stream.
-            return LossAndGrads(*launch()) if _here() == here else self(*arrays, out)
+            if _here() != here:  # a plan's workspace is for one stream
+                return self(*arrays, out)
+            try:
+                return launch()
+            except Exception as error:
+                raise self._failure(error) from error
 
         return call
 
+    def _launches(self, arguments: Arguments) -> Callable[[], LossAndGrads] | None:
+        """Those of the plan for this place; None where it has to be called."""
+        params, X, y, weight = arguments[:4]
+        bound = getattr(self.runs[_here()], "bound", None)
+        takes_y = y.ndim == 2 or y.dtype in TARGETS
+        if bound is None or not takes_y or not all(map(_is_plain, _flat(params, X, y, weight))):
+            return None
+        with suppress(MemoryError):  # a call may do with less, and over fewer rows at a time
+            launches: Callable[[], LossAndGrads] | None = bound(arguments)
+            return launches
+        return None
+
     def _run(self, arguments: Arguments) -> LossAndGrads:
+        try:
+            return self._run_in_memory(arguments)
+        except (ImportError, MemoryError):  # which say what to do
+            raise
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _run_in_memory(self, arguments: Arguments) -> LossAndGrads:
         import cupy
 
         try:
-            return LossAndGrads(*self._planned()(arguments))
+            return self._planned()(arguments)
         except cupy.cuda.memory.OutOfMemoryError:
             pass  # only when the error is gone are the arrays of its frames
         self.runs.clear()
         cupy.get_default_memory_pool().free_all_blocks()
         self.rows = -(-self.rows // 2)
         try:
-            return LossAndGrads(*self._planned()(arguments))
+            return self._planned()(arguments)
         except cupy.cuda.memory.OutOfMemoryError as error:
             raise self._too_large(arguments.X) from error
 
@@ -147,6 +186,20 @@ class Runs:
             self.runs[here] = prepare_here(self.spec, self.rows, self.precision)
         return self.runs[here]
 
+    def _failure(self, error: Exception) -> RuntimeError:
+        """What to report, and a way on; the cause has the whole text, such as a compiler's."""
+        first_line = str(error).partition("\n")[0]
+        widths, dtype = "-".join(map(str, self.spec.sizes)), np.dtype(self.spec.dtype).name
+        names = ", ".join(dict.fromkeys(row.name for row in self.spec.activations))
+        may_be_exact = dtype == "float32" and self.precision != "float32_exact"
+        exact = "precision='float32_exact', which asks less of the card, or " * may_be_exact
+        return RuntimeError(
+            f"backend 'cupy' failed with {type(error).__name__}: {first_line}. The arguments were "
+            f"in order: please report this, with the lines above and these: widths {widths}, "
+            f"{names}, {self.spec.loss.name}, {dtype}, precision={self.precision!r}, {_card()}. "
+            f"Until it is mended, try {exact}backend='numpy' with cupy.asnumpy of the arrays"
+        )
+
     def _too_large(self, X: Array) -> MemoryError:
         free, total = (size / 1e9 for size in X.device.mem_info)
         return MemoryError(
@@ -154,6 +207,20 @@ class Runs:
             f"{self.rows} rows at a time of widths {'-'.join(map(str, self.spec.sizes))}: pass "
             "fewer rows, with reduction='sum', and add up"
         )
+
+
+def _card() -> str:
+    """What it is and what runs on it."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    try:
+        name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
+        capability = cupy.cuda.Device().compute_capability
+        versions = f"CUDA {runtime.runtimeGetVersion()}, driver {runtime.driverGetVersion()}"
+    except Exception as error:  # after a fault in a kernel nothing on the device answers
+        return f"CuPy {cupy.__version__}, a card that does not answer ({error})"
+    return f"{name} of compute capability {capability}, CuPy {cupy.__version__}, {versions}"
 
 
 def _here() -> tuple[int, int]:

@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
 def make_inputs(real: str, arguments: Arguments) -> Inputs:
     """Copies are made only of what does not lie as it should."""
-    params, X, y, weight, mean, _ = arguments
+    params, X, y, weight, mean = arguments[:5]
     if weight is not None:
         weight = _plain(_summing_to_one(weight, real) if mean else weight, real)
     return Inputs(
@@ -102,6 +102,7 @@ class Call(NamedTuple):
     data: tuple[int, ...]  # X, targets, labels and weights; 0 stands for none
     dW: tuple[int, ...]
     sums: int  # dE/db_l and the loss
+    stored_X: int = 0  # X as products read it, where it is converted beforehand
 
 
 def make_call(inputs: Inputs, results: Results, mean: bool) -> Call:

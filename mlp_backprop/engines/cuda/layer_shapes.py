@@ -16,10 +16,11 @@ SLAB = 64  # rows whose sums a block of elements.cu forms
 LANES = 32  # columns of a block, where it does not have them all
 
 # Rows of a chunk: few enough for what one kernel writes and the next one reads to stay in the L2
-# cache, but a product of fewer than LEAST_ROWS leaves multiprocessors idle.
-LEAST_ROWS = 1 << 13
+# cache, but a product of fewer than LEAST_ROWS leaves multiprocessors idle. That is by counting its
+# tiles, not yet by time on a card.
+LEAST_ROWS = 1 << 14
 MOST_ROWS = 1 << 20
-CHUNK_BYTES = 1 << 30
+CHUNK_BYTES = 1 << 31  # for LEAST_ROWS of nets up to four layers of 4096
 
 ITEM_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8, "int64": 8}
 
@@ -106,8 +107,8 @@ def chunk_rows(shapes: Shapes, n: int, cache_bytes: int, free_bytes: int) -> int
     """How many of n rows run at once: whole slabs, and chunks of about one size."""
     near = cache_bytes // 2 // shapes.near_bytes
     room = min(CHUNK_BYTES, free_bytes // 4) // shapes.row_bytes
-    most = max(SLAB, min(max(LEAST_ROWS, near), room, MOST_ROWS))
-    n_chunks = max(1, ceil_div(n, most))
+    most = max(SLAB, min(room, MOST_ROWS))
+    n_chunks = max(1, n // max(LEAST_ROWS, near), ceil_div(n, most))
     return max(1, ceil_div(n, n_chunks * SLAB)) * SLAB
 
 

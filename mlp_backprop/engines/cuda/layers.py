@@ -18,17 +18,16 @@ sum_partials divides; with weights, the kernels are given weights whose sum is 1
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from mlp_backprop.backprop import Spec
 from mlp_backprop.engines.cuda import build, cublaslt
-from mlp_backprop.engines.cuda.arrays import Arguments, LossAndGrads
+from mlp_backprop.engines.cuda.arrays import Arguments
 from mlp_backprop.engines.cuda.build import Specialisation
 from mlp_backprop.engines.cuda.cublaslt import Matrix, Product
+from mlp_backprop.engines.cuda.launches import Launches, recorded
 from mlp_backprop.engines.cuda.layer_calls import (
     Call,
     Results,
@@ -48,7 +47,7 @@ from mlp_backprop.engines.cuda.layer_shapes import (
     chunk_rows,
     shapes,
 )
-from mlp_backprop.types import Array, Layer, flat
+from mlp_backprop.types import Array, Layer, LossAndGrads, flat
 
 WARPS = 16  # of a block in elements.cu
 KERNELS = ("activate", "output", "delta", "sum_partials", "to_stored")
@@ -120,14 +119,14 @@ def slabs(rows: int) -> int:
     return ceil_div(rows, SLAB)
 
 
-def prepare(spec: Spec, n: int, precision: str) -> "LayerPass | None":
+def prepare(spec: Spec, n: int, precision: str) -> "LayerRun | None":
     """A pass over up to n rows, on the current device and stream; None if not covered."""
     types, specialisations = arithmetic(spec, precision), specialise(spec, precision)
     if types is None or specialisations is None:
         return None
     modules = [build.module(specialisation) for specialisation in specialisations]
     try:
-        return LayerPass(spec, n, types, modules)
+        return LayerRun(spec, n, types, modules)
     except cublaslt.Unsupported:
         return None
 
@@ -170,7 +169,7 @@ class Buffers:
         self.bias_partials = [self.partials + at * item for at in s.bias_offsets]
 
 
-class LayerPass:
+class LayerRun:
     """A plan: kernels, products, buffers.
 
     Nothing in it refers back to it, so that its memory is free as soon as it is dropped.
@@ -210,27 +209,41 @@ class LayerPass:
         else:
             self._run(make_call(inputs, results, arguments.mean))
         if out is None:
-            return results.loss, results.grads
+            return LossAndGrads(results.loss, results.grads)
         for grad, target in zip(flat(results.grads), flat(out), strict=True):
             if grad is not target:
                 target.data.copy_from_device_async(grad.data, grad.nbytes)
-        return results.loss, [Layer(W, b) for W, b in out]
+        return LossAndGrads(results.loss, [Layer(W, b) for W, b in out])
 
-    def bound(self, arguments: Arguments) -> Callable[[], LossAndGrads] | None:
-        """The launches of a pass, to be done again and again; None where inputs are converted."""
-        params, X, y, weight, mean, _ = arguments
+    def bound(self, arguments: Arguments) -> Launches | None:
+        """A pass to be done again and again; None where inputs are converted.
+
+        The same arrays have been passed before, so that all it launches is loaded.
+        """
+        params, X, y, weight, mean = arguments[:5]
         inputs = make_inputs(self.types.real, arguments)
         given = {id(A) for A in (*flat(params), X, y, weight)}
         if X.shape[0] == 0 or not all(id(A) in given for A in inputs.arrays()):
             return None
         results = Results(self.shapes, self.types.real, None)
-        call = make_call(inputs, results, mean)
+        call, reads = make_call(inputs, results, mean), inputs.arrays()
+        if self.types.converts and arguments.constant_X:
+            reads.append(self._stored(X))
+            call = call._replace(stored_X=reads[-1].data.ptr)
+        return Launches(
+            partial(self._enqueue, call), reads, LossAndGrads(results.loss, results.grads)
+        )
 
-        def launch() -> LossAndGrads:
-            self._run(call)
-            return results.loss, results.grads
+    def _stored(self, X: Array) -> Array:
+        """All of X as products read it."""
+        import cupy
 
-        return launch
+        (n, width), stride = X.shape, self.shapes.strides[0]
+        stored = cupy.empty((n, stride), "uint16")
+        for first in range(0, n, self.rows):
+            given, kept = (A.data.ptr + first * (A.nbytes // n) for A in (X, stored))
+            self._convert(given, kept, min(self.rows, n - first), width, stride)
+        return stored
 
     def _run(self, call: Call) -> None:
         """Enqueue a pass, from the second time on as a graph.
@@ -240,8 +253,6 @@ class LayerPass:
         the pass, which a call that never comes again would pay for nothing, and because loading a
         kernel at its first launch cannot be recorded.
         """
-        import cupy
-
         if call not in self.graphs:
             self._enqueue(call)
             self.graphs[call] = None
@@ -251,7 +262,7 @@ class LayerPass:
         self.graphs.move_to_end(call)
         if self.graphs[call] is None:
             self.graphs[call] = recorded(partial(self._enqueue, call))
-        self.graphs[call].launch(cupy.cuda.get_current_stream())
+        self.graphs[call].launch()
 
     def _enqueue(self, call: Call) -> None:
         """The launches of a pass, on the current stream."""
@@ -276,7 +287,9 @@ class LayerPass:
         X, *y_and_weight = (
             at and at + first * size for at, size in zip(call.data, self.row_bytes, strict=True)
         )
-        if self.types.converts:
+        if call.stored_X:
+            H = [call.stored_X + first * s.strides[0] * ITEM_BYTES[self.types.stored], *H[1:]]
+        elif self.types.converts:
             self._convert(X, H[0], n, s.sizes[0], s.strides[0])
         else:
             H = [X, *H[1:]]
@@ -306,18 +319,3 @@ class LayerPass:
     def _launch(self, l: int, kernel: str, grid: tuple[int, int], *arguments: int | float) -> None:
         """Run a kernel of layer l. CuPy passes an int, and so an address, in eight bytes."""
         self.kernels[l - 1][kernel](grid, (LANES, WARPS), arguments)
-
-
-def recorded(enqueue: Callable[[], None]) -> Any:
-    """The graph of what this enqueues, on a stream of its own."""
-    import cupy
-
-    with cupy.cuda.Stream(non_blocking=True) as stream:
-        stream.begin_capture()
-        try:
-            enqueue()
-        except BaseException:
-            with suppress(Exception):  # the error to tell is the first
-                stream.end_capture()
-            raise
-        return stream.end_capture()

@@ -9,8 +9,8 @@ levels of a tree, blocks are added in float64. So the error of a sum of terms x 
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from mlp_backprop.engines.cuda.arrays import (
     NULL,
     TARGETS,
     Arguments,
-    LossAndGrads,
     Results,
     n_params,
     pointers_to,
@@ -28,7 +27,8 @@ from mlp_backprop.engines.cuda.arrays import (
     vector_bytes,
 )
 from mlp_backprop.engines.cuda.build import Specialisation
-from mlp_backprop.types import DType, flat
+from mlp_backprop.engines.cuda.launches import Launches
+from mlp_backprop.types import DType, LossAndGrads, flat
 
 WARP = 32
 BLOCK = 128
@@ -54,37 +54,60 @@ def registers(spec: Spec, params_in_registers: bool) -> int:
     return n + n_params(sizes) + 16 if params_in_registers else n + 72
 
 
-def placement(spec: Spec) -> tuple[bool, int] | None:
-    """Whether parameters go to registers, and blocks per multiprocessor; None if not covered."""
+class Placement(NamedTuple):
+    """Whether parameters go to registers or stay in shared memory; blocks per multiprocessor."""
+
+    in_registers: bool
+    blocks: int
+
+
+def placement(spec: Spec) -> Placement | None:
+    """What a net is run with; None if it is not covered."""
     if np.dtype(spec.dtype) != np.float32:
         return None
     in_registers = registers(spec, True) <= CEILINGS[2]
     needed = registers(spec, in_registers)
     fitting = (blocks for blocks, ceiling in CEILINGS.items() if needed <= ceiling)
     blocks = next(fitting, None)
-    return None if blocks is None else (in_registers, blocks)
+    return None if blocks is None else Placement(in_registers, blocks)
+
+
+def variants(spec: Spec) -> list[Placement]:
+    """What there is to choose between by time on a card: first what `placement` takes.
+
+    Where registers leave room for two blocks, a third hides more of the time that exponentials
+    take, and costs loads of parameters and, in the largest nets, a few spilled registers.
+    """
+    placed = placement(spec)
+    if placed is None:
+        return []
+    return [placed, Placement(False, 3)] if placed.blocks == 2 else [placed]
 
 
 def specialise(
-    spec: Spec, precision: str, *, target: DType = np.float32, weighted: bool = False
+    spec: Spec,
+    precision: str,
+    *,
+    target: DType = np.float32,
+    weighted: bool = False,
+    placed: Placement | None = None,
 ) -> Specialisation | None:
     """The kernel for a net and the kind of data; None for nets that are not covered."""
-    placed = placement(spec)
+    placed = placed or placement(spec)
     if placed is None:
         return None
-    in_registers, blocks = placed
     constants = {
         "SIZES": ",".join(map(str, spec.sizes)),
         "ACTIVATIONS": ",".join(row.name.upper() for row in spec.activations),
         "LOSS": spec.loss.name.upper(),
         "TARGET": TARGETS[np.dtype(target)],
         "WEIGHTED": int(weighted),
-        "PARAMS_IN_REGISTERS": int(in_registers),
+        "PARAMS_IN_REGISTERS": int(placed.in_registers),
         "BLOCK": BLOCK,
-        "BLOCKS": blocks,
+        "BLOCKS": placed.blocks,
     }
     defines = tuple((name, str(value)) for name, value in constants.items())
-    return Specialisation("tiny.cu", ("tiny",), defines, max_registers=CEILINGS[blocks])
+    return Specialisation("tiny.cu", ("tiny",), defines, max_registers=CEILINGS[placed.blocks])
 
 
 def n_blocks(n: int, n_resident: int) -> int:
@@ -92,21 +115,26 @@ def n_blocks(n: int, n_resident: int) -> int:
     return max(1, min(math.ceil(n / BLOCK), n_resident), math.ceil(n / (BLOCK * MOST_ROWS)))
 
 
-def prepare(spec: Spec, n: int, precision: str) -> "Pass | None":
-    """A pass, planned for up to n rows, on the current device and stream."""
-    placed = placement(spec)
-    return None if placed is None else Pass(spec, n, precision, n_resident=placed[1])
+def prepare(
+    spec: Spec, n: int, precision: str, placed: Placement | None = None
+) -> "TinyRun | None":
+    """A pass over up to n rows, on the current device and stream.
+
+    `placed` is one of the net's variants; None: the first.
+    """
+    placed = placed or placement(spec)
+    return None if placed is None else TinyRun(spec, n, precision, placed)
 
 
-class Pass:
+class TinyRun:
     """The run of a plan, with its workspace: for one stream."""
 
-    def __init__(self, spec: Spec, n: int, precision: str, n_resident: int) -> None:
+    def __init__(self, spec: Spec, n: int, precision: str, placed: Placement) -> None:
         import cupy
 
-        self.spec, self.precision = spec, precision
+        self.spec, self.precision, self.placed = spec, precision, placed
         self.kernels: dict[tuple[DType, bool], Any] = {}
-        self.n_resident = n_resident * cupy.cuda.Device().attributes["MultiProcessorCount"]
+        self.n_resident = placed.blocks * cupy.cuda.Device().attributes["MultiProcessorCount"]
         self.results = Results(spec.sizes)
         self.X_vectors, *_, self.y_vectors = map(vector_bytes, spec.sizes)
         n_sums = n_params(spec.sizes) + 2
@@ -116,9 +144,9 @@ class Pass:
 
     def __call__(self, arguments: Arguments) -> LossAndGrads:
         """The seam of the CuPy engine's tiers."""
-        return self.bound(arguments)()
+        return self.bound(arguments).once()
 
-    def bound(self, arguments: Arguments) -> Callable[[], LossAndGrads]:
+    def bound(self, arguments: Arguments) -> Launches:
         """The launch of a pass, to be done again and again; what is not readable is copied now."""
         own, X, y, weight = readable_inputs(arguments, self.X_vectors, self.y_vectors)
         loss, grads = self.results(arguments.out)
@@ -128,17 +156,15 @@ class Pass:
         inputs_and_outputs = (pointers_to(own), *data, self.partials, self.ticket, results)
         grid = min(n_blocks(n, self.n_resident), len(self.partials))
 
-        def launch() -> LossAndGrads:
-            kernel((grid,), (BLOCK,), inputs_and_outputs)
-            return loss, grads
-
-        return launch
+        launch = partial(kernel, (grid,), (BLOCK,), inputs_and_outputs)
+        return Launches(launch, [*own, X, y, weight], LossAndGrads(loss, grads))
 
     def kernel(self, target: DType, weighted: bool) -> Any:
         """Compiled at the first call."""
         kind = target, weighted
         if kind not in self.kernels:
-            chosen = specialise(self.spec, self.precision, target=target, weighted=weighted)
+            kind_of_data: dict[str, Any] = {"target": target, "weighted": weighted}
+            chosen = specialise(self.spec, self.precision, **kind_of_data, placed=self.placed)
             assert chosen is not None
             self.kernels[kind] = build.module(chosen).get_function("tiny")
         return self.kernels[kind]

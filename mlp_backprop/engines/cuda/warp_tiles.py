@@ -19,7 +19,6 @@ that cut off every sum; how real ones do is not yet measured.
 """
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -30,7 +29,6 @@ from mlp_backprop.engines.cuda import build
 from mlp_backprop.engines.cuda.arrays import (
     TARGETS,
     Arguments,
-    LossAndGrads,
     Results,
     n_params,
     pointers_to,
@@ -38,7 +36,8 @@ from mlp_backprop.engines.cuda.arrays import (
     vector_bytes,
 )
 from mlp_backprop.engines.cuda.build import Specialisation
-from mlp_backprop.types import DType, flat
+from mlp_backprop.engines.cuda.launches import Launches
+from mlp_backprop.types import DType, LossAndGrads, flat
 
 WIDEST = 128
 MOST_TILES = 1024  # of a block
@@ -92,6 +91,7 @@ class Limits(NamedTuple):
     multiprocessor: int
 
 
+CARVEOUT = 100  # per cent of what could also be cache, which has little to do
 RESERVED = 1024  # bytes that every block costs besides
 
 # Compute capability 9.0 and 10.0; 8.0; 8.6, 8.9 and 12.0.
@@ -200,7 +200,7 @@ def n_blocks(n: int, tile_rows: int, n_resident: int) -> int:
     return max(1, min(tiles, n_resident), math.ceil(tiles / MOST_TILES))
 
 
-def prepare(spec: Spec, n: int, precision: str) -> "Pass | None":
+def prepare(spec: Spec, n: int, precision: str) -> "WarpTilesRun | None":
     """A pass, planned for up to n rows, on the current device and stream."""
     if not covers(spec, precision):
         return None
@@ -212,12 +212,10 @@ def prepare(spec: Spec, n: int, precision: str) -> "Pass | None":
         attributes["MaxSharedMemoryPerMultiprocessor"],
     )
     geometry = choose(spec, OPERANDS[precision].PARTS, limits)
-    if geometry is None or attributes["ComputeCapabilityMajor"] < 8:
-        return None
-    return Pass(spec, n, precision, limits, geometry)
+    return None if geometry is None else WarpTilesRun(spec, n, precision, limits, geometry)
 
 
-class Pass:
+class WarpTilesRun:
     """The run of a plan, with its workspace: for one stream."""
 
     def __init__(
@@ -236,9 +234,9 @@ class Pass:
 
     def __call__(self, arguments: Arguments) -> LossAndGrads:
         """The seam of the CuPy engine's tiers."""
-        return self.bound(arguments)()
+        return self.bound(arguments).once()
 
-    def bound(self, arguments: Arguments) -> Callable[[], LossAndGrads]:
+    def bound(self, arguments: Arguments) -> Launches:
         """The launches of a pass, to be done again and again, as in cuda/tiny.py."""
         own, X, y, weight = readable_inputs(arguments, vector_bytes(self.spec.sizes[0]))
         loss, grads = self.results(arguments.out)
@@ -250,13 +248,12 @@ class Pass:
         sums = self.rows, grid, int(arguments.mean), results, self.not_finite
         n_columns, exact_shared = math.ceil(self.n_sums / 32), exact_bytes(self.spec)
 
-        def launch() -> LossAndGrads:
+        def enqueue() -> None:
             warp_tiles((grid,), (block,), data, shared_mem=self.shared_bytes)
             exact_rows((grid,), (256,), data, shared_mem=exact_shared)
             add_rows((n_columns,), (256,), sums)
-            return loss, grads
 
-        return launch
+        return Launches(enqueue, [*own, X, y, weight], LossAndGrads(loss, grads))
 
     def n_blocks(self, n: int) -> int:
         return n_blocks(n, self.geometry.tile_rows, self.n_resident)
@@ -270,6 +267,8 @@ class Pass:
             self.kernels[target] = [module.get_function(name) for name in KERNELS]
             warp_tiles, exact_rows, _ = self.kernels[target]
             warp_tiles.max_dynamic_shared_size_bytes = self.shared_bytes
-            warp_tiles.preferred_shared_memory_carveout = 100  # per cent; caches have little to do
             exact_rows.max_dynamic_shared_size_bytes = exact_bytes(self.spec)
+            # One for all: a multiprocessor must be idle to be divided anew between two kernels.
+            for kernel in self.kernels[target]:
+                kernel.preferred_shared_memory_carveout = CARVEOUT
         return self.kernels[target]

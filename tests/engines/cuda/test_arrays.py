@@ -1,8 +1,8 @@
 """What kernels are handed: copies only where they must be, pointers, places for results."""
 
 import sys
-from types import SimpleNamespace
 
+import cupy_api
 import emulation
 import numpy as np
 import pytest
@@ -75,8 +75,11 @@ def test_a_struct_of_pointers():
 
 @pytest.fixture
 def cupy(monkeypatch):
-    cupy = SimpleNamespace(
-        empty=lambda shape, dtype: on_device(np.zeros(shape, dtype)), ndarray=emulation.view
+    cupy = cupy_api.library(
+        {
+            "empty": lambda shape, dtype: on_device(np.zeros(shape, dtype)),
+            "ndarray": emulation.view,
+        }
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import importlib
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ import pytest
 from host_device import ELEMENTS, HostDevice, to_bfloat16, to_float
 from numpy.testing import assert_allclose, assert_array_equal
 
-from mlp_backprop.edge import backends
 from mlp_backprop.engines.cuda import cublaslt
 from mlp_backprop.engines.cuda.cublaslt import Matrix
 
@@ -180,7 +178,7 @@ def test_without_the_library(monkeypatch):
         cublaslt.library.__wrapped__()
 
 
-# The library itself, which loads without a driver ------------------------------------------------
+# The library itself, which loads without a driver; test_cublaslt_header.py reads its header -------
 
 
 @pytest.fixture
@@ -191,6 +189,7 @@ def library():
         pytest.skip(str(error))
 
 
+@pytest.mark.kernels
 def test_numbers_of_the_library(library):
     """Set through the binding, then read back by the getters of the C API."""
     layout = cublaslt._create("cublasLtMatrixLayoutCreate", 14, 3, 5, 8)
@@ -230,15 +229,6 @@ def test_numbers_of_the_library(library):
 
 
 # On a device -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cupy():
-    try:
-        backends.namespace("cupy")
-    except ImportError as error:
-        pytest.skip(str(error))
-    return importlib.import_module("cupy")
 
 
 # Relative to the norms of the operands.

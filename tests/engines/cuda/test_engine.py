@@ -5,8 +5,8 @@ CuPy is played by NumPy arrays that say where they lie. test_cupy_device.py runs
 
 import sys
 import weakref
-from types import SimpleNamespace
 
+import cupy_api
 import numpy as np
 import pytest
 from oracles import assert_grads_close, make_problem
@@ -22,19 +22,20 @@ from mlp_backprop.types import Layer, flat
 # A card, played by the host ----------------------------------------------------------------------
 
 
-class Device:
+class Device(cupy_api.StandIn, of="cuda.Device"):
     """A card that knows when it is the current one."""
 
     mem_info = (3e9, 8e9)
 
     def __init__(self, card, index):
-        self.card, self.id = card, index
+        self._card, self.id = card, index
+        self.compute_capability = card.compute_capability
 
     def __enter__(self):
-        self.card.current.append(self.id)
+        self._card.current.append(self.id)
 
     def __exit__(self, *error):
-        self.card.current.pop()
+        self._card.current.pop()
 
     def __str__(self):
         return f"<CUDA Device {self.id}>"
@@ -51,7 +52,8 @@ class Array(np.ndarray):
 
     @property
     def data(self):
-        return SimpleNamespace(ptr=self.ctypes.data, device_id=self.device_id)
+        place = {"ptr": self.ctypes.data, "device_id": self.device_id}
+        return cupy_api.instance("cuda.MemoryPointer", **place)
 
     @property
     def device(self):
@@ -68,6 +70,7 @@ class Card:
     def __init__(self):
         self.current = [0]
         self.stream = 0
+        self.compute_capability = "90"
         self.freed = 0
 
     def array(self, values, device_id=0):
@@ -80,15 +83,28 @@ class Card:
     def free_all_blocks(self):
         self.freed += 1
 
+    def driver_version(self):
+        return 13010
+
     @property
     def module(self):
-        return SimpleNamespace(
-            cuda=SimpleNamespace(
-                get_current_stream=lambda: SimpleNamespace(ptr=self.stream),
-                runtime=SimpleNamespace(getDevice=lambda: self.current[-1]),
-                memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
-            ),
-            get_default_memory_pool=lambda: self,
+        pool = cupy_api.instance("cuda.MemoryPool", free_all_blocks=lambda: self.free_all_blocks())
+        return cupy_api.library(
+            {
+                "cuda.Device": lambda: Device(self, self.current[-1]),
+                "cuda.get_current_stream": lambda: cupy_api.instance(
+                    "cuda.Stream", ptr=self.stream
+                ),
+                "cuda.memory.OutOfMemoryError": OutOfMemoryError,
+                "cuda.runtime.getDevice": lambda: self.current[-1],
+                "cuda.runtime.getDeviceProperties": lambda device: {
+                    "name": f"Card {device}".encode()
+                },
+                "cuda.runtime.runtimeGetVersion": lambda: 13000,
+                "cuda.runtime.driverGetVersion": self.driver_version,
+                "__version__": "14.2.0",
+                "get_default_memory_pool": lambda: pool,
+            }
         )
 
 
@@ -140,6 +156,7 @@ class Tier:
 
 
 PROBLEM = make_problem(sizes=(3, 4, 2), n=7, weighted=True)
+FLOAT32 = make_problem(sizes=(3, 4, 2), n=8, weighted=True, dtype=np.float32)
 
 
 def run_derivation(problem, reduction):
@@ -214,6 +231,21 @@ def test_the_derivation_marks_labels_out_of_range(dtype, outside):
         y_wrong[3] = label
         assert np.isnan(loss_of(y_wrong))
     assert loss_of(np.eye(200)[y]) == pytest.approx(right)
+
+
+@pytest.mark.parametrize("precision", rules.PRECISIONS)
+@pytest.mark.parametrize(
+    ("compute_capability", "has_types"),
+    [("70", False), ("75", False), ("80", True), ("89", True), ("100", True), ("120", True)],
+)
+def test_cards_before_ampere_compute_in_float32(
+    card, monkeypatch, precision, compute_capability, has_types
+):
+    card.compute_capability, tier = compute_capability, Tier(card)
+    monkeypatch.setattr(engine, "TIERS", (tier,))
+    spec, arrays = placed(card, PROBLEM)
+    assert_right(engine.prepare(spec, 7, precision)(*arrays, "sum"))
+    assert [plan[1] for plan in tier.plans] == [precision if has_types else "float32_exact"]
 
 
 # Devices, streams, memory ------------------------------------------------------------------------
@@ -294,6 +326,84 @@ def test_twice_short_of_memory(card, monkeypatch):
     assert_right(run(*arrays, "sum"))  # and is still of use when there is memory again
 
 
+# Faults of the engine ----------------------------------------------------------------------------
+
+
+class FaultyTier(Tier):
+    """Its plans raise this error; or only what they have bound, once it is launched."""
+
+    def __init__(self, card, error, only_bound=False):
+        super().__init__(card)
+        self.error, self.only_bound = error, only_bound
+
+    def prepare(self, spec, n, precision):
+        return FaultyRun(self, super().prepare(spec, n, precision))
+
+
+class FaultyRun:
+    def __init__(self, tier, run):
+        self.tier, self.run = tier, run
+
+    def __call__(self, arguments):
+        if not self.tier.only_bound:
+            raise self.tier.error
+        return self.run(arguments)
+
+    def bound(self, arguments):
+        return self.fail
+
+    def fail(self):
+        raise self.tier.error
+
+
+@pytest.mark.parametrize("only_bound", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "way_on"),
+    [
+        (np.float32, "float32", "try precision='float32_exact', .* or backend='numpy' with"),
+        (np.float32, "float32_exact", "try backend='numpy' with cupy.asnumpy"),
+        (np.float64, "float32", "try backend='numpy' with cupy.asnumpy"),
+    ],
+)
+def test_a_fault_of_the_engine_says_what_to_report(
+    card, monkeypatch, dtype, precision, way_on, only_bound
+):
+    error = KeyError("ComputeCapabilityMajor")
+    monkeypatch.setattr(engine, "TIERS", (FaultyTier(card, error, only_bound),))
+    spec, arrays = placed(card, FLOAT32.astype(dtype))
+    run = engine.prepare(spec, 8, precision)
+    facts = f"3-4-2, tanh, identity, squared_error, {np.dtype(dtype)}, precision='{precision}', "
+    facts += "Card 0 of compute capability 90, CuPy 14.2.0, CUDA 13000, driver 13010"
+    message = f"failed with KeyError: 'ComputeCapabilityMajor'.* widths {facts}.*{way_on}"
+    with pytest.raises(RuntimeError, match=message) as caught:
+        run.bound(*arrays, "mean")() if only_bound else run(*arrays, "mean")
+    assert caught.value.__cause__ is error
+
+
+def test_a_card_that_does_not_answer_hides_no_fault(card, monkeypatch):
+    def illegal_access():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(card, "driver_version", illegal_access)
+    monkeypatch.setitem(sys.modules, "cupy", card.module)
+    error = TypeError("no such argument\nand more")
+    monkeypatch.setattr(engine, "TIERS", (FaultyTier(card, error),))
+    spec, arrays = placed(card, PROBLEM)
+    message = r"TypeError: no such argument\. .* a card that does not answer \(an illegal memory"
+    with pytest.raises(RuntimeError, match=message) as caught:
+        engine.prepare(spec, 7, "float32")(*arrays, "sum")
+    assert caught.value.__cause__ is error
+
+
+def test_what_the_user_can_mend_is_left_as_it_is(card, monkeypatch):
+    error = ImportError("backend 'cupy' needs cuBLASLt")
+    monkeypatch.setattr(engine, "TIERS", (FaultyTier(card, error),))
+    spec, arrays = placed(card, PROBLEM)
+    with pytest.raises(ImportError) as caught:
+        engine.prepare(spec, 7, "float32")(*arrays, "sum")
+    assert caught.value is error
+
+
 # Where results go --------------------------------------------------------------------------------
 
 
@@ -332,10 +442,12 @@ class BoundRun:
 
     def bound(self, arguments):
         self.tier.n_bound += 1
-        return None if self.tier.refuses else lambda: self.run(arguments)
-
-
-FLOAT32 = make_problem(sizes=(3, 4, 2), n=8, weighted=True, dtype=np.float32)
+        self.tier.bound_on = self.tier.card.current[-1]
+        if self.tier.refuses is not False:
+            if self.tier.refuses is not True:
+                raise self.tier.refuses
+            return None
+        return lambda: self.run(arguments)
 
 
 def bound_to(card, monkeypatch, tier, change=lambda arrays: arrays):
@@ -373,10 +485,20 @@ def test_a_tier_that_cannot_is_called(card, monkeypatch):
     assert len(tier.plans) == 1
 
 
-def test_a_tier_may_refuse(card, monkeypatch):
-    tier = BindingTier(card, refuses=True)
+@pytest.mark.parametrize("refuses", [True, OutOfMemoryError("for what it would keep")])
+def test_a_tier_may_refuse(card, monkeypatch, refuses):
+    tier = BindingTier(card, refuses=refuses)
     assert_follows_the_arrays(*bound_to(card, monkeypatch, tier))
     assert tier.n_bound == 1
+
+
+def test_launches_are_made_up_where_X_lies(card, monkeypatch):
+    """Their results are allocated there."""
+    tier = BindingTier(card)
+    monkeypatch.setattr(engine, "TIERS", (tier,))
+    spec, arrays = placed(card, FLOAT32, device_id=1)
+    engine.prepare(spec, 8, "float32").bound(*arrays, "mean")
+    assert tier.bound_on == 1
 
 
 @pytest.mark.parametrize(("dtype", "n_bound"), [(np.int8, 0), (np.int32, 1), (np.int64, 1)])

@@ -1,6 +1,5 @@
 """Wide nets on the GPU: shapes, and whole passes on a device made of host memory."""
 
-import importlib
 import weakref
 from itertools import pairwise, product
 
@@ -13,7 +12,6 @@ from oracles import Problem, assert_close, assert_grads_close, make_problem
 from mlp_backprop import backprop
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.backprop import Spec
-from mlp_backprop.edge import backends
 from mlp_backprop.engines.cuda import cublaslt, layer_shapes
 from mlp_backprop.engines.cuda import layers as cuda_layers
 from mlp_backprop.engines.cuda.arrays import Arguments
@@ -104,10 +102,12 @@ def test_chunks():
 
     assert rows(0) == rows(1) == rows(SLAB) == SLAB
     assert rows(SLAB + 1) == 2 * SLAB
-    assert rows(8192) == 8192
-    assert rows(8193) == 65 * SLAB  # two chunks of about one size
-    assert rows(100_000) == 7744  # thirteen
-    assert rows(10**6, cache=1 << 30) == 62528  # sixteen, of almost CHUNK_BYTES
+    assert rows(32_767) == 32_768
+    assert rows(32_768) == layer_shapes.LEAST_ROWS == 16_384
+    assert rows(40_000) == 313 * SLAB  # two chunks of about one size
+    assert rows(100_000) == 16_704  # six
+    assert rows(10**6, cache=1 << 30) == 66_688  # fifteen, of half the cache
+    assert rows(2 * 10**6, cache=1 << 40) == 125_056  # sixteen, of almost CHUNK_BYTES
     assert rows(100_000, free=1 << 20) == SLAB  # hardly any memory
     assert rows(100_000, free=0) == SLAB
     narrow, _ = plan_shapes((1, 1), activation="relu")
@@ -138,7 +138,7 @@ CHUNK = 2 * SLAB  # the most rows at once, in these tests
 def device(monkeypatch):
     if emulation.COMPILER is None:
         pytest.skip("needs a C++ compiler, c++ or $CXX")
-    monkeypatch.setattr(layer_shapes, "LEAST_ROWS", CHUNK)
+    monkeypatch.setattr(layer_shapes, "MOST_ROWS", CHUNK)
     device = HostDevice(l2_bytes=1)
     device.install(monkeypatch)
     yield device
@@ -433,14 +433,43 @@ def test_a_bound_pass_reads_what_the_arrays_hold_by_then(device, precision, weig
     first = net(CHUNK + 9, weighted=weighted)
     args = arguments(device, first)
     run = cuda_layers.prepare(spec_of(first), CHUNK + 9, precision)
+    run(Arguments(*args, mean, None))
     launch = run.bound(Arguments(*args, mean, None))
     for seed in range(4):
         problem = net(CHUNK + 9, weighted=weighted, seed=seed)
         change_in_place(args, problem)
         result = launch()
         assert_right(result, problem, PRECISIONS[precision][1], mean)
-    assert len(run.graphs) == 1
+    assert device.n_graph_launches == 4
     assert all(A is B for A, B in zip(flat(result[1]), flat(launch()[1]), strict=True))
+
+
+def test_a_constant_X_is_converted_once(device):
+    """For all chunks; parameters are converted in every pass."""
+    n = CHUNK + 9
+    problem = net(n)
+    args = arguments(device, problem)
+    run = cuda_layers.prepare(spec_of(problem), n, "bfloat16")
+    bits = bits_of(run(Arguments(*args, True, None)))
+    n_converted = device.launches.count("to_stored")
+    launch = run.bound(Arguments(*args, True, None, constant_X=True))
+    assert device.launches.count("to_stored") == n_converted + 2
+    assert bits_of(launch()) == bits
+    assert device.launches.count("to_stored") == n_converted + 2 + len(problem.params)
+    other = net(n, seed=1)._replace(X=problem.X)
+    change_in_place(args, other)
+    assert_right(launch(), other, PRECISIONS["bfloat16"][1], mean=True)
+
+
+def test_what_is_read_as_it_lies_is_not_kept(device):
+    args = arguments(device, net(9))
+    run = cuda_layers.prepare(spec_of(net(9)), 9, "float32")
+    run(Arguments(*args, True, None))
+    live = len(device.live)
+    launch = run.bound(Arguments(*args, True, None, constant_X=True))
+    assert len(device.live) == live + 1  # the results
+    change_in_place(args, net(9, seed=1))
+    assert_right(launch(), net(9, seed=1), 1e-5, mean=True)
 
 
 @pytest.mark.parametrize("what", ["no rows", "labels", "weights", "shifted"])
@@ -629,15 +658,6 @@ def test_a_mutant_of_the_mapping_is_caught(device, monkeypatch):
 
 
 # On a device -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cupy():
-    try:
-        backends.namespace("cupy")
-    except ImportError as error:
-        pytest.skip(str(error))
-    return importlib.import_module("cupy")
 
 
 DEVICE_BOUNDS = {

@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import cupy_api
 import emulation
 import numpy as np
 import pytest
@@ -40,15 +41,16 @@ TOLERANCE = 2e-5
 def device(monkeypatch, tmp_path):
     """Stands for CuPy and a device; `fault` replaces a text of the kernel by another."""
     state = SimpleNamespace(multiprocessors=3, backward=False, fault=None, launches=[])
-    cupy = SimpleNamespace(
-        empty=lambda shape, dtype: on_device(np.full(shape, np.nan, dtype)),
-        zeros=lambda shape, dtype: on_device(np.zeros(shape, dtype)),
-        ndarray=emulation.view,
-        cuda=SimpleNamespace(
-            Device=lambda: SimpleNamespace(
-                attributes={"MultiProcessorCount": state.multiprocessors}
-            )
-        ),
+    cupy = cupy_api.library(
+        {
+            "empty": lambda shape, dtype: on_device(np.full(shape, np.nan, dtype)),
+            "zeros": lambda shape, dtype: on_device(np.zeros(shape, dtype)),
+            "ndarray": emulation.view,
+            "cuda.Device": lambda: cupy_api.instance(
+                "cuda.Device",
+                attributes=cupy_api.attributes(MultiProcessorCount=state.multiprocessors),
+            ),
+        }
     )
 
     def module(specialisation):
@@ -61,13 +63,13 @@ def device(monkeypatch, tmp_path):
         emulated = emulation.module(specialisation._replace(source=source))
 
         def get_function(name):
-            def launch(grid, block, arguments):
+            def launch(grid, block, args):
                 state.launches.append((dict(specialisation.defines), grid[0]))
-                emulated.launch(name, grid, block, *arguments, backward=state.backward)
+                emulated.launch(name, grid, block, *args, backward=state.backward)
 
             return launch
 
-        return SimpleNamespace(get_function=get_function)
+        return cupy_api.instance("RawModule", get_function=get_function)
 
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(build, "module", module)
@@ -91,8 +93,12 @@ def problem_of(sizes, activation, loss, n, **options):
     return make_problem(sizes, n, activation=names, loss=loss, dtype=np.float32, **options)
 
 
-def plan(problem, n=3000):
-    run = tiny.prepare(specification(problem), n, "float32")
+def spec_of(*sizes):
+    return specification(problem_of(sizes, "sigmoid", "squared_error", 1))
+
+
+def plan(problem, n=3000, placed=None):
+    run = tiny.prepare(specification(problem), n, "float32", placed)
     assert run is not None
     return run
 
@@ -153,6 +159,17 @@ def test_every_activation_with_every_loss(activation, loss, class_rows, weighted
     for n in RAGGED:
         problem = problem_of((3, 5, 2, 4), activation, loss, n, **options, seed=n)
         assert_results_close(run_on(plan(problem), problem), derivation(problem))
+
+
+@emulation.needs_compiler
+@pytest.mark.parametrize("placed", tiny.variants(spec_of(2, 10, 5, 1)))
+def test_every_variant_gives_the_sums(placed, device):
+    problem = problem_of((2, 10, 5, 1), "sigmoid", "squared_error", 3000)
+    assert_results_close(run_on(plan(problem, placed=placed), problem), derivation(problem))
+    defines, n_blocks = device.launches[-1]
+    assert defines["PARAMS_IN_REGISTERS"] == str(int(placed.in_registers))
+    assert int(defines["BLOCKS"]) == placed.blocks
+    assert n_blocks == 3 * placed.blocks
 
 
 @emulation.needs_compiler
@@ -295,6 +312,19 @@ def test_parameters_decide_what_is_covered(sizes, expected):
     assert (chosen is None) == (expected is None)
     if chosen is not None:
         assert chosen.max_registers == tiny.CEILINGS[expected[1]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((2, 4, 1), [(True, 4)]),
+        ((2, 10, 5, 1), [(True, 2), (False, 3)]),
+        ((8, 11, 1), [(False, 2), (False, 3)]),
+        ((64, 64, 64, 1), []),
+    ],
+)
+def test_what_there_is_to_choose_between(sizes, expected):
+    assert tiny.variants(spec_of(*sizes)) == expected
 
 
 def test_only_float32_is_covered():

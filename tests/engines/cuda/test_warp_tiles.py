@@ -7,6 +7,7 @@ import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
+import cupy_api
 import emulation
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from oracles import assert_close, make_problem
 from mlp_backprop import backprop
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.derivatives.gradients import LossAndGrads
-from mlp_backprop.edge import backends
 from mlp_backprop.engines.cuda import build, warp_tiles
 from mlp_backprop.engines.cuda.arrays import Arguments
 from mlp_backprop.engines.cuda.warp_tiles import GEOMETRIES, LIMITS, OPERANDS
@@ -45,25 +45,25 @@ NETS = [
 SMALL = ((5, 7, 3), ("tanh", "identity"), "squared_error")
 
 
-class Kernel:
-    """As cupy.RawKernel; large shared memory must have been asked for before the launch."""
+class Kernel(cupy_api.StandIn, of="RawKernel"):
+    """Large shared memory must have been asked for before the launch."""
 
     def __init__(self, module, name, state):
-        self.module, self.name, self.state = module, name, state
+        self._module, self._name, self._state = module, name, state
         self.max_dynamic_shared_size_bytes = 48 * 1024
 
-    def __call__(self, grid, block, arguments, shared_mem=0):
+    def __call__(self, grid, block, args, shared_mem=0):
         assert shared_mem <= self.max_dynamic_shared_size_bytes
-        not_finite = arguments[-1]
-        if self.name == "exact_rows":
-            self.state.exact = bool(not_finite[0])
-        self.module.launch(
-            self.name,
+        not_finite = args[-1]
+        if self._name == "exact_rows":
+            self._state.exact = bool(not_finite[0])
+        self._module.launch(
+            self._name,
             grid,
             block,
-            *arguments,
+            *args,
             shared_bytes=shared_mem,
-            backward=self.state.backward,
+            backward=self._state.backward,
         )
 
 
@@ -75,12 +75,11 @@ def device(monkeypatch, tmp_path):
     )
 
     def attributes():
-        return {
-            "MultiProcessorCount": state.multiprocessors,
-            "MaxSharedMemoryPerBlockOptin": state.limits.block,
-            "MaxSharedMemoryPerMultiprocessor": state.limits.multiprocessor,
-            "ComputeCapabilityMajor": 9,
-        }
+        return cupy_api.attributes(
+            MultiProcessorCount=state.multiprocessors,
+            MaxSharedMemoryPerBlockOptin=state.limits.block,
+            MaxSharedMemoryPerMultiprocessor=state.limits.multiprocessor,
+        )
 
     def module(specialisation):
         source = build.SOURCES / specialisation.source
@@ -90,13 +89,17 @@ def device(monkeypatch, tmp_path):
             source = tmp_path / source.name
             source.write_text(text.replace(*state.fault))
         emulated = emulation.module(specialisation._replace(source=source))
-        return SimpleNamespace(get_function=lambda name: Kernel(emulated, name, state))
+        return cupy_api.instance(
+            "RawModule", get_function=lambda name: Kernel(emulated, name, state)
+        )
 
-    cupy = SimpleNamespace(
-        empty=lambda shape, dtype: on_device(np.full(shape, np.nan, dtype)),
-        zeros=lambda shape, dtype: on_device(np.zeros(shape, dtype)),
-        ndarray=emulation.view,
-        cuda=SimpleNamespace(Device=lambda: SimpleNamespace(attributes=attributes())),
+    cupy = cupy_api.library(
+        {
+            "empty": lambda shape, dtype: on_device(np.full(shape, np.nan, dtype)),
+            "zeros": lambda shape, dtype: on_device(np.zeros(shape, dtype)),
+            "ndarray": emulation.view,
+            "cuda.Device": lambda: cupy_api.instance("cuda.Device", attributes=attributes()),
+        }
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(build, "module", module)
@@ -509,13 +512,7 @@ def test_gradients_of_a_layer_are_dealt_out_to_all_warps():
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", OPERANDS)
 @pytest.mark.parametrize(("sizes", "activations", "loss", "weighted"), NETS[:3])
-def test_on_a_device(sizes, activations, loss, weighted, precision):
-    try:
-        backends.namespace("cupy")
-    except ImportError as error:
-        pytest.skip(str(error))
-    import cupy
-
+def test_on_a_device(cupy, sizes, activations, loss, weighted, precision):
     for n in (*RAGGED, 100_003):
         problem = problem_of(sizes, activations, loss, n, weighted=weighted, seed=n)
         params, X, y, options = problem.map(cupy.asarray)
