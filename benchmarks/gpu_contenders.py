@@ -75,6 +75,20 @@ def _tier(name: str, task: Task, precision: str) -> Ready:
     return Ready(lambda: run(arguments), _read)
 
 
+def _tiny_in_shared_memory(task: Task, precision: str) -> Ready:
+    """The other variant of the first tier: parameters in shared memory, a third block."""
+    from mlp_backprop.engines.cuda import tiny
+
+    spec, arrays = checked(task)
+    placed = tiny.variants(spec)[1:]
+    if not placed:
+        raise ValueError("this net has no other variant")
+    run = tiny.prepare(spec, len(task.X), precision, *placed)
+    assert run is not None
+    arguments = Arguments(*arrays, mean=True, out=None)
+    return Ready(lambda: run(arguments), _read)
+
+
 def _derivation(task: Task, precision: str) -> Ready:
     """backprop.py on the arrays' library, one operation after the other."""
     if precision != "float32":
@@ -222,6 +236,7 @@ QUICK = {
     "bound": _bound,
     "call": _call,
     "tiny": partial(_tier, "tiny"),
+    "tiny_in_shared_memory": _tiny_in_shared_memory,
     "warp_tiles": partial(_tier, "warp_tiles"),
     "layers": partial(_tier, "layers"),
     "derivation": _derivation,
@@ -243,6 +258,7 @@ INCLUDES = {
     "bound": "the same arrays every time; X is rounded to bfloat16 beforehand, W in every call",
     "call": "as prepared, and all checks; for class labels it waits for the device",
     "tiny": "one tier of ours, without checks, as prepared",
+    "tiny_in_shared_memory": "the same, in the variant whose parameters lie there",
     "warp_tiles": "the same",
     "layers": "the same",
     "derivation": "backprop.py on CuPy's arrays, one operation after the other, without checks",

@@ -1,11 +1,12 @@
-"""NVRTC by itself: CUDA sources compiled to machine code on machines without a GPU.
+"""NVRTC by itself: CUDA sources compiled on machines without a GPU.
 
-The library comes with the wheel nvidia-cuda-nvrtc; the C API is called through ctypes. ptxas
-reports what each kernel uses, which is what the tests look at.
+The library comes with the wheel nvidia-cuda-nvrtc; the C API is called through ctypes. The tests
+look at what ptxas reports each kernel to use, and at the PTX itself.
 """
 
 import ctypes
 import re
+from contextlib import contextmanager
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 from functools import cache
 from importlib import metadata
@@ -38,30 +39,41 @@ def library():
 
 
 def compiled(code, options, architecture):
-    """Usage by kernel of a source, compiled for an architecture such as "sm_90"."""
+    """Usage by kernel of a source, compiled to machine code for an architecture such as "sm_90"."""
+    with _program(code, (*options, "--ptxas-options=-v"), architecture) as program:
+        return _usage(_text("ProgramLog", program))
+
+
+def ptx(code, options, architecture):
+    """The PTX of a source."""
+    with _program(code, options, architecture.replace("sm", "compute")) as program:
+        return _text("PTX", program)
+
+
+@contextmanager
+def _program(code, options, architecture):
     nvrtc, program = library(), c_void_p()
-    flags = [*options, f"--gpu-architecture={architecture}", "--ptxas-options=-v"]
-    encoded = [flag.encode() for flag in flags]
+    encoded = [flag.encode() for flag in (*options, f"--gpu-architecture={architecture}")]
     _check(nvrtc.nvrtcCreateProgram(byref(program), code.encode(), b"kernels.cu", 0, None, None))
     try:
         arguments = (c_char_p * len(encoded))(*encoded)
         failed = nvrtc.nvrtcCompileProgram(program, c_int(len(encoded)), arguments)
-        log = _log(nvrtc, program)
-        assert not failed, log
+        assert not failed, _text("ProgramLog", program)
+        yield program
     finally:
         nvrtc.nvrtcDestroyProgram(byref(program))
-    return _usage(log)
 
 
 def _check(status):
     assert status == 0, library().nvrtcGetErrorString(status)
 
 
-def _log(nvrtc, program):
+def _text(name, program):
+    """What nvrtcGet<name> gives, a text of the size that nvrtcGet<name>Size tells."""
     size = c_size_t()
-    _check(nvrtc.nvrtcGetProgramLogSize(program, byref(size)))
+    _check(library()[f"nvrtcGet{name}Size"](program, byref(size)))
     text = ctypes.create_string_buffer(size.value)
-    _check(nvrtc.nvrtcGetProgramLog(program, text))
+    _check(library()[f"nvrtcGet{name}"](program, text))
     return text.value.decode()
 
 

@@ -393,7 +393,6 @@ inline float __uint_as_float(unsigned bits) {
 
 inline float ex2(float x) { return emulation::off_by(exp2(double(x)), 2); }
 inline float rcp(float x) { return emulation::off_by(1 / double(x), 1); }
-inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
 
 // The entry of a kernel for emulation.py.
 #define EMULATED(kernel)                                                                     \

@@ -3,7 +3,7 @@
 //     SHARED_STRUCT(Type, name)    a struct in the shared memory of a block, of static size
 //     DYNAMIC_SHARED(name)         as many bytes of it as the launch asks for
 //     KEEP_IN_MEMORY               what is in memory is read again behind this, not kept in registers
-//     ex2, rcp, maximum            single instructions
+//     ex2, rcp, maximum            single instructions; maximum from compute capability 8.0 on
 //
 // Nothing of the toolkit is included, so that NVRTC alone compiles the kernels. The tests compile
 // the same files for the host: emulation.h then stands for CUDA.
@@ -40,13 +40,16 @@ DEVICE float rcp(float x) {
   return y;
 }
 
+#endif
+
 // The larger; nan where either is nan.
+#if !defined(EMULATION) && __CUDA_ARCH__ >= 800
 DEVICE float maximum(float a, float b) {
   float c;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
 }
-
+#else
+DEVICE float maximum(float a, float b) { return a != a || a > b ? a : b; }
 #endif
-
 DEVICE double maximum(double a, double b) { return a != a || a > b ? a : b; }

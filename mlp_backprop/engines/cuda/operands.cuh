@@ -69,16 +69,20 @@ DEVICE void load_block(unsigned (&words)[PARTS][4], const Parts<rows, columns>& 
 struct Block {
   float C[2][4] = {}, small[2][4] = {};
 
-  DEVICE void add(const unsigned (&A)[PARTS][4], const unsigned (&B)[PARTS][4]) {
+  // `first` spares the additions to 0, where it is known at compile time.
+  DEVICE void add(const unsigned (&A)[PARTS][4], const unsigned (&B)[PARTS][4],
+                  bool first = false) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      if constexpr (PARTS == 1) {
+      if (PARTS == 1 || first) {
         multiply_add(C[j], A[0], B[0][2 * j], B[0][2 * j + 1]);
       } else {
         float product[4] = {};
         multiply_add(product, A[0], B[0][2 * j], B[0][2 * j + 1]);
 #pragma unroll
         for (int q = 0; q < 4; ++q) C[j][q] += product[q];
+      }
+      if constexpr (PARTS == 2) {
         multiply_add(small[j], A[1], B[0][2 * j], B[0][2 * j + 1]);
         multiply_add(small[j], A[0], B[1][2 * j], B[1][2 * j + 1]);
       }

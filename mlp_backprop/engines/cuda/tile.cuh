@@ -94,8 +94,9 @@ DEVICE void stage(Shared& shared, const Slab<width(l)>& slab) {
 #pragma unroll
         for (int q = 0; q < 4; ++q) largest = larger(largest, magnitude(slab.C[m][j][q]));
     scale = scale_of(warp_maximum(largest));
+    __syncwarp();  // before D_l, every lane has read the scale of H_l: a reduction orders no memory
+    if (lane() == 0) shared.rows_scale[l][warp()] = scale.back;
   }
-  if (FLOAT16 && lane() == 0) shared.rows_scale[l][warp()] = scale.back;
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll

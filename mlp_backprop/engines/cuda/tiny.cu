@@ -52,6 +52,7 @@ constexpr int PER_LANE = (N_SUMS + WARP - 1) / WARP, PADDED = PER_LANE * WARP;
 constexpr int COLUMNS = PADDED / 4, GROUPS = BLOCK / COLUMNS;
 static_assert(GROUPS > 0, "more sums than a block has threads for");
 
+using Params = float[N_PARAMS];
 using Sums = float[PADDED];
 
 struct Pointers {
@@ -116,14 +117,16 @@ DEVICE void load(Row& row, const float* X, const TARGET* y, const float* weight,
   if constexpr (WEIGHTED) load<1>(weight + r, row.weight);
 }
 
-// Copies W_l, b_l and all above them.
-template <int l>
-DEVICE void stage(const Pointers& pointers, float* params) {
+// Where number i of all parameters, or of their gradients, lies: in layer l or above it.
+template <int l, class Arrays>
+DEVICE auto place_of(const Arrays& arrays, int i) {
   using A = Layer<l>;
-  const auto [W, b] = pointers.layers[l - 1];
-  for (int i = threadIdx.x; i < A::n_out * A::n_in; i += BLOCK) params[A::W + i] = W[i];
-  for (int i = threadIdx.x; i < A::n_out; i += BLOCK) params[A::b + i] = b[i];
-  if constexpr (l < L) stage<l + 1>(pointers, params);
+  const auto [W, b] = arrays.layers[l - 1];
+  if (i < A::b) return W + (i - A::W);
+  if constexpr (l < L) {
+    if (i >= Layer<l + 1>::W) return place_of<l + 1>(arrays, i);
+  }
+  return b + (i - A::b);
 }
 
 // The derivation --------------------------------------------------------------------------------
@@ -165,9 +168,10 @@ DEVICE float loss_and_output_grad(const float (&H)[N_OUTPUTS], const TARGET (&y)
 }
 
 // Given H_{l-1}: adds to the sums of layer l and of all above it, and finds G = dE/dH_{l-1}. The
-// layers above come between this one's way forward and its way back.
+// layers above come between this one's way forward and its way back, for which half of W_l is read
+// from `again`.
 template <int l>
-DEVICE void pass(const float (&params)[N_PARAMS], const Row& row,
+DEVICE void pass(const Params& params, const Params& again, const Row& row,
                  const float (&H_below)[Layer<l>::n_in], Sums& sums,
                  float (&G_below)[Layer<l>::n_in]) {
   using A = Layer<l>;
@@ -183,7 +187,7 @@ DEVICE void pass(const float (&params)[N_PARAMS], const Row& row,
   }
 
   if constexpr (l < L) {
-    pass<l + 1>(params, row, H, sums, G);
+    pass<l + 1>(params, again, row, H, sums, G);
   } else {
     const float value = loss_and_output_grad<LOSS>(H, row.y, G);
     const float weight = WEIGHTED ? row.weight[0] : 1;
@@ -208,28 +212,39 @@ DEVICE void pass(const float (&params)[N_PARAMS], const Row& row,
 #pragma unroll
     for (int i = 0; i < A::n_in; ++i) {
       G_below[i] = 0;
-#pragma unroll  // (3)
-      for (int o = 0; o < A::n_out; ++o) G_below[i] += params[A::W + o * A::n_in + i] * D[o];
+#pragma unroll
+      for (int o = 0; o < A::n_out; ++o) {
+        const Params& from = 2 * o < A::n_out ? params : again;
+        G_below[i] += from[A::W + o * A::n_in + i] * D[o];  // (3)
+      }
     }
   }
 }
 
 // Sums over samples, lanes, warps and blocks -----------------------------------------------------
 
-// The thread's share of the samples; the next row is on its way while this one is worked on.
-DEVICE void add_samples(const float (&params)[N_PARAMS], const float* X, const TARGET* y,
+// Rows of a thread that are on their way while one is worked on. Where a row is short and takes few
+// instructions, one per thread is less than memory can deliver meanwhile.
+constexpr int ROWS_AHEAD = BLOCKS > 3 && N_INPUTS + N_OUTPUTS < 8 ? 2 : 1;
+
+// The thread's share of the samples.
+DEVICE void add_samples(const Params& params, const Params& again, const float* X, const TARGET* y,
                         const float* weight, long long n, Sums& sums) {
   const long long stride = (long long)gridDim.x * BLOCK;
   long long r = (long long)blockIdx.x * BLOCK + threadIdx.x;
-  Row next;
-  if (r < n) load(next, X, y, weight, r);
-  while (r < n) {
-    const Row row = next;
-    r += stride;
-    if (r < n) load(next, X, y, weight, r);
+  Row ahead[ROWS_AHEAD];
+#pragma unroll
+  for (int k = 0; k < ROWS_AHEAD; ++k) {
+    if (r + k * stride < n) load(ahead[k], X, y, weight, r + k * stride);
+  }
+  for (; r < n; r += stride) {
+    const Row row = ahead[0];
+    if constexpr (ROWS_AHEAD == 2) ahead[0] = ahead[1];
+    const long long next = r + ROWS_AHEAD * stride;
+    if (next < n) load(ahead[ROWS_AHEAD - 1], X, y, weight, next);
     KEEP_IN_MEMORY;
     float dX[N_INPUTS];  // never formed: equation (4) is not asked for
-    pass<1>(params, row, row.X, sums, dX);
+    pass<1>(params, again, row, row.X, sums, dX);
   }
 }
 
@@ -271,33 +286,28 @@ DEVICE void add_blocks(const float* partials, double (&groups)[GROUPS][PADDED],
   }
 }
 
-// The gradients of layers l ... L.
-template <int l>
-DEVICE void write(const double (&totals)[PADDED], double divisor, const Results& results) {
-  using A = Layer<l>;
-  const auto [W, b] = results.layers[l - 1];
-  for (int i = threadIdx.x; i < A::n_out * A::n_in; i += BLOCK) W[i] = totals[A::W + i] / divisor;
-  for (int i = threadIdx.x; i < A::n_out; i += BLOCK) b[i] = totals[A::b + i] / divisor;
-  if constexpr (l < L) write<l + 1>(totals, divisor, results);
-}
-
 // `partials` has a row of PADDED numbers per block, `ticket` is 0, before and after.
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     tiny(const Pointers pointers, const float* X, const TARGET* y, const float* weight,
          const long long n, const long long mean, float* partials, unsigned* ticket,
          const Results results) {
   SHARED_STRUCT(Shared, shared);
-  stage<1>(pointers, shared.params);
+  for (int i = threadIdx.x; i < N_PARAMS; i += BLOCK) {
+    shared.params[i] = *place_of<1>(pointers, i);
+  }
   __syncthreads();
 
   Sums sums = {};
   if constexpr (PARAMS_IN_REGISTERS) {
-    float params[N_PARAMS];
+    Params params;
 #pragma unroll
     for (int i = 0; i < N_PARAMS; ++i) params[i] = shared.params[i];
-    add_samples(params, X, y, weight, n, sums);
+    add_samples(params, params, X, y, weight, n, sums);
   } else {
-    add_samples(shared.params, X, y, weight, n, sums);
+    // The same place, as y is 0; the compiler does not know it, and loads again on the way back what
+    // it would have no registers to keep. Half of W_l is enough, and each load takes its time.
+    const float* again = shared.params + (BLOCKS > 2 ? 4 * threadIdx.y : 0);
+    add_samples(shared.params, *reinterpret_cast<const Params*>(again), X, y, weight, n, sums);
   }
 
   add_lanes<PADDED>(sums);
@@ -328,6 +338,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
   __syncthreads();
   double divisor = 1;
   if (mean) divisor = WEIGHTED ? shared.totals[N_SUMS - 1] : n;
-  write<1>(shared.totals, divisor, results);
+  for (int i = threadIdx.x; i < N_PARAMS; i += BLOCK) {
+    *place_of<1>(results, i) = shared.totals[i] / divisor;
+  }
   if (threadIdx.x == 0) *results.loss = shared.totals[LOSS_SUM] / divisor;
 }

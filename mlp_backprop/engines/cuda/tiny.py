@@ -43,13 +43,14 @@ SLOPES_FROM_Z = {"softplus", "silu", "gelu_tanh"}
 
 
 def registers(spec: Spec, params_in_registers: bool) -> int:
-    """What a thread needs: sums, all Z and H, two rows of data, and what compiling showed.
+    """What a thread needs: sums, all Z and H, rows of data, and what compiling showed.
 
     The last term is such that nothing spills; from shared memory, parameters come by fours.
     """
     sizes, names = spec.sizes, [row.name for row in spec.activations]
     slopes = sum(d for d, name in zip(sizes[1:], names, strict=True) if name in SLOPES_FROM_Z)
-    rows = 2 * (sizes[0] + sizes[-1])
+    row = sizes[0] + sizes[-1]
+    rows = (3 if row < 8 else 2) * row  # short ones are loaded two ahead
     n = n_params(sizes) + 2 * sum(sizes[1:]) + slopes + rows
     return n + n_params(sizes) + 16 if params_in_registers else n + 72
 

@@ -201,16 +201,10 @@ DEVICE void add_grads(Shared& shared, Grads<l>& grads) {
 #pragma unroll
     for (int m = 0; m < G::share.rows; ++m) {
       if (!G::has_row(m)) continue;
-      float sum[4] = {};
 #pragma unroll
       for (int k = 0; k < ROW_TILES; ++k) {
         load_block<true, ACROSS>(A[k][m], D, slab * SLAB_ROWS + 16 * k, 16 * (G::row() + m));
-        if (G::column() > 0) continue;
-#pragma unroll
-        for (int p = PARTS - 1; p >= 0; --p) multiply_add(sum, A[k][m][p], ones, ones);
       }
-      grads.b[m][0] += D_scale * sum[0];
-      grads.b[m][1] += D_scale * sum[2];
     }
 #pragma unroll
     for (int n = 0; n < G::share.columns; ++n) {
@@ -222,7 +216,7 @@ DEVICE void add_grads(Shared& shared, Grads<l>& grads) {
         load_block<true, DOWN>(B, H, slab * SLAB_ROWS + 16 * k, 16 * (G::column() + n));
 #pragma unroll
         for (int m = 0; m < G::share.rows; ++m) {
-          if (G::has_row(m)) blocks[m].add(A[k][m], B);
+          if (G::has_row(m)) blocks[m].add(A[k][m], B, k == 0);
         }
       }
 #pragma unroll
@@ -231,6 +225,18 @@ DEVICE void add_grads(Shared& shared, Grads<l>& grads) {
         for (int j = 0; j < 2; ++j)
 #pragma unroll
           for (int q = 0; q < 4; ++q) grads.W[m][2 * n + j][q] += scale * blocks[m].sum(j, q);
+    }
+    if (G::column() > 0) continue;
+#pragma unroll
+    for (int m = 0; m < G::share.rows; ++m) {
+      if (!G::has_row(m)) continue;
+      float sum[4] = {};
+#pragma unroll
+      for (int k = 0; k < ROW_TILES; ++k)
+#pragma unroll
+        for (int p = PARTS - 1; p >= 0; --p) multiply_add(sum, A[k][m][p], ones, ones);
+      grads.b[m][0] += D_scale * sum[0];
+      grads.b[m][1] += D_scale * sum[2];
     }
   }
 }
@@ -291,6 +297,10 @@ DEVICE Slab<width(0)> load_slab(const Samples& samples, long long first) {
   return X;
 }
 
+// Whether the next tile's X is on its way while gradients are added: where no other block hides the
+// time that it takes, and a thread has no more than 32 numbers of it to keep.
+constexpr bool LOADS_AHEAD = BLOCKS == 1 && ROW_TILES * width(0) <= 64;
+
 // The parameters of layers l ... L into shared memory.
 template <int l>
 DEVICE void stage_params(Shared& shared, const Pointers& params) {
@@ -324,7 +334,7 @@ DEVICE void stage_params(Shared& shared, const Pointers& params) {
   if constexpr (l < L) stage_params<l + 1>(shared, params);
 }
 
-// Layer l forward, given H_{l-1}; the layers above it; layer l back.
+// Layer l forward, given H_{l-1}; the layers above it, and their gradients; then D_l, in all slabs.
 template <int l>
 DEVICE void pass(const Samples& samples, Shared& shared, long long first, Grads<l>& grads,
                  Totals& totals) {
@@ -333,6 +343,8 @@ DEVICE void pass(const Samples& samples, Shared& shared, long long first, Grads<
     activate<l>(shared, slab);
     stage<l>(shared, slab);
     pass<l + 1>(samples, shared, first, grads.above, totals);
+    add_grads<l + 1>(shared, grads.above);
+    __syncthreads();  // H_l may go
     slab = times_W<l + 1, true>(shared);
     times_slopes<l>(shared, slab);
   } else {
@@ -340,8 +352,6 @@ DEVICE void pass(const Samples& samples, Shared& shared, long long first, Grads<
   }
   stage<l>(shared, slab);
   __syncthreads();  // every slab of D_l is there
-  add_grads<l>(shared, grads);
-  __syncthreads();  // H_{l-1} may go
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -354,10 +364,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   __syncthreads();
   Grads<1> grads;
   Totals totals;
-  for (long long tile = blockIdx.x; tile * TILE_ROWS < n; tile += gridDim.x) {
+  const long long tiles_apart = gridDim.x;
+  Slab<width(0)> slab;
+  for (long long tile = blockIdx.x; tile * TILE_ROWS < n; tile += tiles_apart) {
     const long long first = tile * TILE_ROWS + warp() * SLAB_ROWS;
-    stage<0>(shared, load_slab(samples, first));
+    if (!LOADS_AHEAD || tile == blockIdx.x) slab = load_slab(samples, first);
+    stage<0>(shared, slab);
     pass<1>(samples, shared, first, grads, totals);
+    if (LOADS_AHEAD) slab = load_slab(samples, first + tiles_apart * TILE_ROWS);
+    add_grads<1>(shared, grads);
+    __syncthreads();  // X may go
   }
   sums += static_cast<long long>(blockIdx.x) * N_SUMS;
   if (!write<1>(grads, sums)) *not_finite = 1;

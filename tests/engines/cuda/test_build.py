@@ -77,8 +77,10 @@ def test_a_module_is_made_once(monkeypatch):
 
 # Compiled ----------------------------------------------------------------------------------------
 
-# Of each generation of cards the shared memory decides how tier 2 is cut.
+# Of each generation of cards the shared memory decides how tier 2 is cut; the oldest that
+# NVRTC 13 knows have none of it.
 ARCHITECTURES = {
+    "sm_75": None,
     "sm_80": warp_tiles.LIMITS[1],
     "sm_90": warp_tiles.LIMITS[0],
     "sm_120": warp_tiles.LIMITS[2],
@@ -100,8 +102,8 @@ def specialisations(spec, architecture):
     for target in (np.float32, *labels):
         for weighted in (False, True):
             yield tiny.specialise(spec, "float32", target=target, weighted=weighted)
-        for precision in PRECISIONS:
-            limits = ARCHITECTURES[architecture]
+        limits = ARCHITECTURES[architecture]
+        for precision in PRECISIONS if limits else ():
             yield warp_tiles.specialisation(spec, precision, limits, target)
     for precision in PRECISIONS:
         yield from cuda_layers.specialise(spec, precision)
@@ -112,6 +114,11 @@ COVERING = (
     ((2, 10, 5, 1), "sigmoid", "squared_error"),
     ((64, 64, 64, 1), "tanh", "squared_error"),
     ((784, 128, 64, 10), "gelu_tanh", "softmax_cross_entropy"),
+)
+
+RELU = (
+    ((2, 10, 5, 1), "relu", "binary_cross_entropy"),
+    ((784, 128, 64, 10), "relu", "softmax_cross_entropy"),
 )
 
 # Every activation and every loss, on nets that lie well within each tier and at its border.
@@ -147,14 +154,29 @@ def assert_compiles_well(row, architecture):
         assert used.registers <= row.max_registers, f"{kernel}: {used}"
 
 
-@pytest.mark.parametrize(("row", "architecture"), of_all(COVERING, ["sm_90"]))
-def test_no_spills_on_sm_90(row, architecture):
+# On sm_75 the nets whose instructions differ there.
+@pytest.mark.parametrize(
+    ("row", "architecture"),
+    [*of_all(COVERING, ["sm_90"]), *of_all(RELU, ["sm_75"])],
+)
+def test_no_spills(row, architecture):
     assert_compiles_well(row, architecture)
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(("row", "architecture"), of_all(ALL, ARCHITECTURES))
 def test_no_spills_anywhere(row, architecture):
+    assert_compiles_well(row, architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+def test_shared_parameters_leave_room_for_three_blocks(activation, architecture):
+    """The other way to place the parameters of 2-10-5-1, to be compared with on a card."""
+    row = tiny.specialise(make_spec((2, 10, 5, 1), activation, "squared_error"), "float32")
+    other = dict(row.defines) | {"PARAMS_IN_REGISTERS": "0", "BLOCKS": "3"}
+    assert dict(row.defines) != other
+    row = row._replace(defines=tuple(other.items()), max_registers=tiny.CEILINGS[3])
     assert_compiles_well(row, architecture)
 
 
@@ -197,3 +219,52 @@ def test_the_check_can_fail(monkeypatch, live, kernel, ceiling, fault):
 def test_an_error_of_the_compiler_is_told():
     with pytest.raises(AssertionError, match='identifier "undeclared" is undefined'):
         nvrtc.compiled("__global__ void k() { undeclared(); }", build.OPTIONS, "sm_90")
+
+
+# PTX ---------------------------------------------------------------------------------------------
+
+# What the emulation replaces, so that nothing but the text itself shows where an operand goes.
+LARGEST = """
+extern "C" __global__ void largest(float a, float b, float* c) { *c = maximum(a, b); }
+"""
+PACKED = """
+extern "C" __global__ void packed(float a, float b, unsigned* c) { *c = pack(a, b); }
+"""
+
+
+def instruction(code, opcode, architecture, *options):
+    """The operands of the one instruction with this opcode, a and b being the parameters."""
+    text = nvrtc.ptx(code, (*build.OPTIONS, *CUPY_OPTIONS, *options), architecture)
+    registers = dict(re.findall(r"ld\.param\.[bf]32\s+(%\w+), \[\w+_param_(\d)\]", text))
+    (operands,) = re.findall(rf"{re.escape(opcode)}\s+%\w+, (%\w+), (%\w+);", text)
+    return ["ab"[int(registers[register])] for register in operands]
+
+
+def assert_packs_in_order(code, is_float16):
+    """The first operand of the instruction is what comes to the upper half of the word."""
+    opcode = f"cvt.rn.{'f16' if is_float16 else 'bf16'}x2.f32"
+    operands = instruction(code, opcode, "sm_90", f"-DFLOAT16={is_float16}")
+    assert operands == ["b", "a"]
+
+
+@pytest.mark.parametrize("is_float16", [0, 1])
+def test_the_first_of_two_numbers_is_packed_into_the_low_half(is_float16):
+    code = build.source_text("mma.cuh") + PACKED
+    assert_packs_in_order(code, is_float16)
+    order = '"f"(high), "f"(low)'
+    assert order in code
+    with pytest.raises(AssertionError):
+        assert_packs_in_order(code.replace(order, '"f"(low), "f"(high)'), is_float16)
+
+
+def test_the_larger_number_is_one_instruction_from_sm_80_on():
+    code = build.source_text("device.cuh") + LARGEST
+    for architecture in ("sm_80", "sm_90", "sm_120"):
+        assert sorted(instruction(code, "max.NaN.f32", architecture)) == ["a", "b"]
+
+
+def test_the_larger_number_is_compared_for_as_in_the_emulation_below_sm_80():
+    code = build.source_text("device.cuh") + LARGEST
+    text = nvrtc.ptx(code, (*build.OPTIONS, *CUPY_OPTIONS), "sm_75")
+    assert "setp." in text
+    assert "max." not in text

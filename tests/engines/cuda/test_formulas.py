@@ -58,6 +58,12 @@ extern "C" void softmax_d(const double* h, const double* y, double* value, doubl
                           int d) {
   lose_softmax(h, y, value, g, n, d);
 }
+extern "C" void larger_f(const float* a, const float* b, float* c, int n) {
+  for (int t = 0; t < n; ++t) c[t] = maximum(a[t], b[t]);
+}
+extern "C" void larger_d(const double* a, const double* b, double* c, int n) {
+  for (int t = 0; t < n; ++t) c[t] = maximum(a[t], b[t]);
+}
 extern "C" void class_weights(const long long* labels, double* y, int n, int d) {
   for (int t = 0; t < n; ++t) {
     for (int k = 0; k < d; ++k) y[t * d + k] = class_weight<double>(labels[t], k, d);
@@ -158,6 +164,14 @@ def test_softmax_cross_entropy_is_that_of_the_table(dtype):
     eps = np.finfo(dtype).eps
     np.testing.assert_allclose(value, expected, 16 * eps, 16 * eps)
     np.testing.assert_allclose(grad, expected_grad, 16 * eps, 16 * eps)
+
+
+def test_the_larger_of_two_numbers_is_nan_where_either_is(dtype):
+    """As devices below compute capability 8.0 compare; above, one instruction does it."""
+    a, b = (A.ravel() for A in np.meshgrid(*[LINE.astype(dtype)] * 2))
+    larger = np.empty_like(a)
+    run("larger", a, b, larger)
+    np.testing.assert_array_equal(larger, np.maximum(a, b))
 
 
 def test_a_label_is_a_row_of_class_weights_and_nan_outside():
