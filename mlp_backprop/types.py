@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict
 
 # An array of any library, and that library's Array API namespace: there is no common base class.
 Array = Any
@@ -57,6 +57,20 @@ LossName = Literal[
 Reduction = Literal["mean", "sum"]
 Precision = Literal["float32", "float32_exact", "tf32", "bfloat16"]
 BackendName = Literal["numpy", "numba", "cupy", "torch", "jax"]
+
+
+class NetOptions(TypedDict, total=False):
+    """What functions of a net take besides parameters and inputs, as `compute_grads` does."""
+
+    activation: ActivationNames | None
+    backend: BackendName | None
+
+
+class LossOptions(NetOptions, total=False):
+    """The same for functions of a loss."""
+
+    loss: LossName | None
+    sample_weight: ArrayLike | None
 
 
 class Layer(NamedTuple):

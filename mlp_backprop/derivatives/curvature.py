@@ -4,7 +4,7 @@ The mathematics stands in hessians.py: equations (V7) to (V9).
 """
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
@@ -14,17 +14,17 @@ from mlp_backprop.derivatives import products
 from mlp_backprop.edge import backends, validation
 from mlp_backprop.edge.arguments import Argument, dtype_name, table_row
 from mlp_backprop.edge.calls import public, quietly
+from mlp_backprop.edge.validation import Problem
 from mlp_backprop.maths import hessians, tangents
 from mlp_backprop.maths.row_blocks import joined, part, row_blocks
 from mlp_backprop.maths.tangents import KINDS
 from mlp_backprop.nets.vectors import n_params, ravel, unravel
 from mlp_backprop.types import (
-    ActivationNames,
     Array,
     ArrayLike,
-    BackendName,
     Layer,
-    LossName,
+    LossOptions,
+    NetOptions,
     Params,
     Reduction,
 )
@@ -39,11 +39,8 @@ def hessian(
     X: ArrayLike,
     y: ArrayLike,
     *,
-    activation: ActivationNames | None = None,
-    loss: LossName | None = None,
     reduction: Reduction = "mean",
-    sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[LossOptions],
 ) -> Array:
     """Compute the Hessian of the loss with respect to all weights and biases, as a matrix.
 
@@ -78,8 +75,8 @@ def hessian(
     array([[18.,  6.],
            [ 6.,  2.]])
     """
-    options = activation, loss, reduction, sample_weight, backend
-    return _matrix(False, params, X, y, *options)
+    problem = validation.problem(params, X, y, reduction=reduction, **options)
+    return _matrix(problem, reduction, gauss_newton=False)
 
 
 @public
@@ -88,11 +85,8 @@ def ggn(
     X: ArrayLike,
     y: ArrayLike,
     *,
-    activation: ActivationNames | None = None,
-    loss: LossName | None = None,
     reduction: Reduction = "mean",
-    sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[LossOptions],
 ) -> Array:
     """Compute the generalised Gauss-Newton matrix Jᵀ A J.
 
@@ -124,24 +118,12 @@ def ggn(
     array([[18.,  6.],
            [ 6.,  2.]])
     """
-    options = activation, loss, reduction, sample_weight, backend
-    return _matrix(True, params, X, y, *options)
+    problem = validation.problem(params, X, y, reduction=reduction, **options)
+    return _matrix(problem, reduction, gauss_newton=True)
 
 
-def _matrix(
-    gauss_newton: bool,
-    params: Params,
-    X: Array,
-    y: Array,
-    activation: Any,
-    loss: Any,
-    reduction: str,
-    sample_weight: Array | None,
-    backend: str | None,
-) -> Array:
-    spec, layers, X, y, weight = validation.problem(
-        params, X, y, activation, loss, reduction, sample_weight, backend
-    )
+def _matrix(problem: Problem, reduction: str, *, gauss_newton: bool) -> Array:
+    spec, layers, X, y, weight = problem
     P = n_params(layers)
     if P > MOST_PARAMETERS:
         raise ValueError(
@@ -190,9 +172,7 @@ def ntk(
     params: Params,
     X1: ArrayLike,
     X2: ArrayLike,
-    *,
-    activation: ActivationNames | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[NetOptions],
 ) -> Array:
     """Compute the neural tangent kernel of the net at these parameters.
 
@@ -229,8 +209,9 @@ def ntk(
     >>> ntk([([[2.0]], [1.0])], [[3.0]], [[4.0], [0.0]])[0, 0, :, 0]
     array([13.,  1.])
     """
-    net = validation.network(params, X1, activation, backend, name="X1")
-    return _kernel(net.spec, net.params, net.X, validation.like_inputs(X2, "X2", net, backend))
+    net = validation.network(params, X1, name="X1", **options)
+    others = validation.like_inputs(X2, "X2", net, options.get("backend"))
+    return _kernel(net.spec, net.params, net.X, others)
 
 
 def _kernel(spec: Spec, params: list[Layer], X1: Array, X2: Array) -> Array:
@@ -250,11 +231,8 @@ def linear_operator(
     X: ArrayLike,
     y: ArrayLike,
     *,
-    activation: ActivationNames | None = None,
-    loss: LossName | None = None,
     reduction: Reduction = "mean",
-    sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[LossOptions],
 ) -> Any:
     """Make a SciPy LinearOperator of the Hessian, the Gauss-Newton or the Fisher matrix.
 
@@ -291,7 +269,7 @@ def linear_operator(
     True
     """
     row = table_row("kind", kind, KINDS)
-    problem = validation.problem(params, X, y, activation, loss, reduction, sample_weight, backend)
+    problem = validation.problem(params, X, y, reduction=reduction, **options)
     try:
         from scipy.sparse.linalg import LinearOperator
     except ImportError as error:
@@ -303,7 +281,7 @@ def linear_operator(
 
     @quietly
     def times(x: Array) -> Array:
-        with backends.callers_stream([X], backend):
+        with backends.callers_stream([X], options.get("backend")):
             vector = home.place(Argument("x", np.reshape(x, -1), np), dtype)
             result = products.product(row, problem, unravel(xp, vector, layers), reduction)
             return backends.to_numpy(xp, ravel(xp, result))

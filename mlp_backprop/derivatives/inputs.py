@@ -6,7 +6,7 @@ The maths is in jets.py. Whatever the number of rows, a pass keeps the arrays of
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from mlp_backprop import backprop
 from mlp_backprop.edge import validation
@@ -16,12 +16,11 @@ from mlp_backprop.edge.validation import Problem
 from mlp_backprop.maths import jets
 from mlp_backprop.maths.row_blocks import joined, part, row_blocks
 from mlp_backprop.types import (
-    ActivationNames,
     Array,
     ArrayLike,
-    BackendName,
     Layer,
-    LossName,
+    LossOptions,
+    NetOptions,
     Params,
     Reduction,
 )
@@ -33,11 +32,8 @@ def input_grads(
     X: ArrayLike,
     y: ArrayLike,
     *,
-    activation: ActivationNames | None = None,
-    loss: LossName | None = None,
     reduction: Reduction = "mean",
-    sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[LossOptions],
 ) -> Array:
     """Compute the gradient of the loss with respect to the inputs.
 
@@ -71,7 +67,7 @@ def input_grads(
     >>> input_grads([([[2.0]], [1.0])], X=[[3.0]], y=[[5.0]])
     array([[8.]])
     """
-    problem = validation.problem(params, X, y, activation, loss, reduction, sample_weight, backend)
+    problem = validation.problem(params, X, y, reduction=reduction, **options)
     return _input_grads(problem, reduction)
 
 
@@ -92,9 +88,8 @@ def jacobian(
     params: Params,
     X: ArrayLike,
     *,
-    activation: ActivationNames | None = None,
     wrt: Literal["inputs", "params"] = "inputs",
-    backend: BackendName | None = None,
+    **options: Unpack[NetOptions],
 ) -> Array | list[Layer]:
     """Compute the derivative of every output of every row.
 
@@ -134,7 +129,7 @@ def jacobian(
     [(4, 2, 5, 3), (4, 2, 2, 5)]
     """
     compute = table_row("wrt", wrt, JACOBIANS)
-    return compute(validation.network(params, X, activation, backend))
+    return compute(validation.network(params, X, **options))
 
 
 def _input_jacobian(net: Problem) -> Array:
@@ -172,9 +167,7 @@ JACOBIANS = {"inputs": _input_jacobian, "params": _params_jacobian}
 def input_hessian_diag(
     params: Params,
     X: ArrayLike,
-    *,
-    activation: ActivationNames | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[NetOptions],
 ) -> Array:
     """Compute the diagonal of the Hessian of every output by the inputs.
 
@@ -208,7 +201,7 @@ def input_hessian_diag(
     >>> input_hessian_diag([([[2.0]], [0.0])], [[0.5]], activation=["tanh"]).round(4)
     array([[[-2.5588]]])
     """
-    net = validation.network(params, X, activation, backend)
+    net = validation.network(params, X, **options)
     n_in = net.X.shape[1]
     return _second_derivatives(net, range(n_in), lambda Zt: Zt * Zt, n_in)
 
@@ -218,9 +211,8 @@ def laplacian(
     params: Params,
     X: ArrayLike,
     *,
-    activation: ActivationNames | None = None,
     inputs: Sequence[int] | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[NetOptions],
 ) -> Array:
     """Compute the sum of the second derivatives of every output by the inputs.
 
@@ -257,7 +249,7 @@ def laplacian(
     >>> laplacian(params, [[0.5, 0.0]], activation=["tanh"], inputs=[0]).round(4)
     array([[-2.5588]])
     """
-    net = validation.network(params, X, activation, backend)
+    net = validation.network(params, X, **options)
     which = read_inputs(inputs, net.X.shape[1])
     return _second_derivatives(net, which, partial(jets.laplacian_square, net.spec.xp), 1)
 
@@ -267,9 +259,7 @@ def input_hessian_entries(
     params: Params,
     X: ArrayLike,
     pairs: Iterable[tuple[int, int]],
-    *,
-    activation: ActivationNames | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[NetOptions],
 ) -> Array:
     """Compute chosen second derivatives of every output by the inputs.
 
@@ -304,7 +294,7 @@ def input_hessian_entries(
     >>> input_hessian_entries(params, [[0.5, 0.0]], pairs, activation=["tanh"]).round(4)
     array([[[-1.2794, -0.6397]]])
     """
-    net = validation.network(params, X, activation, backend)
+    net = validation.network(params, X, **options)
     xp, pairs = net.spec.xp, _read_pairs(pairs, net.X.shape[1])
     columns = sorted({k for pair in pairs for k in pair})
     first, second = (

@@ -5,6 +5,7 @@ The mathematics stands in samples.py: equations (P1) to (P5).
 
 from collections.abc import Iterable
 from numbers import Real
+from typing import Unpack
 
 from mlp_backprop import backprop
 from mlp_backprop.backprop import Sums
@@ -16,13 +17,11 @@ from mlp_backprop.maths import samples
 from mlp_backprop.maths.row_blocks import added_losses, joined
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.types import (
-    ActivationNames,
     Array,
     ArrayLike,
-    BackendName,
     Layer,
     LossAndGrads,
-    LossName,
+    LossOptions,
     Params,
     Reduction,
 )
@@ -33,11 +32,7 @@ def per_sample_grads(
     params: Params,
     X: ArrayLike,
     y: ArrayLike,
-    *,
-    activation: ActivationNames | None = None,
-    loss: LossName | None = None,
-    sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[LossOptions],
 ) -> list[Layer]:
     """Compute the gradient of the loss of every single sample.
 
@@ -83,9 +78,7 @@ def per_sample_grads(
     >>> np.allclose(grads[0].W.sum(axis=0), total[0].W)
     True
     """
-    spec, *arrays = validation.problem(
-        params, X, y, activation, loss, "sum", sample_weight, backend
-    )
+    spec, *arrays = validation.problem(params, X, y, reduction="sum", **options)
     factors = samples.sweep(spec, *arrays)[1]
     return [samples.outer_product(spec.xp, D, H_below) for D, H_below in factors][::-1]
 
@@ -96,11 +89,8 @@ def per_sample_grad_norms(
     X: ArrayLike,
     y: ArrayLike,
     *,
-    activation: ActivationNames | None = None,
-    loss: LossName | None = None,
-    sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
     per_layer: bool = False,
+    **options: Unpack[LossOptions],
 ) -> Array:
     """Compute the Euclidean norm of every sample's gradient, without forming the gradients.
 
@@ -139,9 +129,7 @@ def per_sample_grad_norms(
     >>> per_sample_grad_norms([([[2.0]], [1.0])], X=[[3.0], [1.0]], y=[[5.0], [4.0]]) ** 2
     array([160.,   8.])
     """
-    spec, layers, X, y, weight = validation.problem(
-        params, X, y, activation, loss, "sum", sample_weight, backend
-    )
+    spec, layers, X, y, weight = validation.problem(params, X, y, reduction="sum", **options)
     xp, norms = spec.xp, []
 
     def measure(loss: Array | float, factors: Iterable[Factors]) -> None:
@@ -159,11 +147,8 @@ def clipped_grads(
     y: ArrayLike,
     *,
     max_norm: float,
-    activation: ActivationNames | None = None,
-    loss: LossName | None = None,
     reduction: Reduction = "mean",
-    sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[LossOptions],
 ) -> LossAndGrads:
     """Compute a loss, and the sum of its samples' gradients, each clipped to a norm.
 
@@ -212,9 +197,7 @@ def clipped_grads(
     (5.0, array([-0.41886117]))
     """
     max_norm = _checked_norm(max_norm)
-    spec, layers, X, y, weight = validation.problem(
-        params, X, y, activation, loss, reduction, sample_weight, backend
-    )
+    spec, layers, X, y, weight = validation.problem(params, X, y, reduction=reduction, **options)
     total: list[tuple[Array | float, list[Layer]]] = []
 
     def add(loss: Array | float, factors: Iterable[Factors]) -> None:

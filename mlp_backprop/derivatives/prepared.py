@@ -183,7 +183,9 @@ class PreparedGrads:
             if fits:
                 self._check_values(X, y, weight)
             own = [Layer(W, b) for W, b in own]  # the list may change
-            run = quietly(self._run.bound)(own, X, y, weight, self._reduction, constant_X)
+            run = quietly(self._run.bound)(
+                own, X, y, weight, self._reduction, constant_X=constant_X
+            )
         arrays = [A for A in (X, y, weight, *flat(own)) if A is not None]
         shapes = [*map(_shape, arrays)]
 

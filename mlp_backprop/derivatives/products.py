@@ -4,7 +4,7 @@ The mathematics stands in tangents.py: equations (V1) to (V6).
 """
 
 from functools import reduce
-from typing import Any
+from typing import Unpack
 
 from mlp_backprop import backprop
 from mlp_backprop.backprop import Sums
@@ -16,13 +16,12 @@ from mlp_backprop.losses import Loss
 from mlp_backprop.maths.row_blocks import added, joined, row_blocks
 from mlp_backprop.maths.tangents import KINDS, Kind, row_numbers, tangents
 from mlp_backprop.types import (
-    ActivationNames,
     Array,
     ArrayLike,
-    BackendName,
     Layer,
-    LossName,
+    LossOptions,
     Namespace,
+    NetOptions,
     Params,
     Reduction,
 )
@@ -47,9 +46,7 @@ def jvp(
     params: Params,
     X: ArrayLike,
     v: Params,
-    *,
-    activation: ActivationNames | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[NetOptions],
 ) -> Array:
     """Compute J v, the change of the outputs as the parameters move along v.
 
@@ -83,8 +80,8 @@ def jvp(
     >>> jvp([([[2.0]], [1.0])], [[3.0]], [([[10.0]], [1.0])])
     array([[31.]])
     """
-    net = validation.network(params, X, activation, backend)
-    v = validation.like_params(v, "v", net, backend)
+    net = validation.network(params, X, **options)
+    v = validation.like_params(v, "v", net, options.get("backend"))
     blocks = []
     for cut in row_blocks(net.spec.xp, net.X, row_numbers(net.spec)):
         for step in tangents(net.spec, net.params, v, net.X[cut, :]):
@@ -98,9 +95,7 @@ def vjp(
     params: Params,
     X: ArrayLike,
     u: ArrayLike,
-    *,
-    activation: ActivationNames | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[NetOptions],
 ) -> list[Layer]:
     """Compute Jᵀ u, the gradient of the sum of u ∘ H_L with respect to the parameters.
 
@@ -132,8 +127,8 @@ def vjp(
     >>> vjp([([[2.0]], [1.0])], [[3.0], [4.0]], [[1.0], [10.0]])
     [Layer(W=array([[43.]]), b=array([11.]))]
     """
-    net = validation.network(params, X, activation, backend)
-    U = validation.like_outputs(u, "u", net, backend)
+    net = validation.network(params, X, **options)
+    U = validation.like_outputs(u, "u", net, options.get("backend"))
     spec = net.spec._replace(loss=INNER_PRODUCT)
 
     def sums(rows: slice) -> list[Layer]:
@@ -151,11 +146,8 @@ def hvp(
     y: ArrayLike,
     v: Params,
     *,
-    activation: ActivationNames | None = None,
-    loss: LossName | None = None,
     reduction: Reduction = "mean",
-    sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[LossOptions],
 ) -> list[Layer]:
     """Compute H v, the Hessian of the loss with respect to all parameters, times a vector.
 
@@ -193,8 +185,7 @@ def hvp(
     >>> hvp([([[2.0]], [1.0])], [[3.0]], [[5.0]], [([[1.0]], [0.0])])
     [Layer(W=array([[18.]]), b=array([6.]))]
     """
-    options = activation, loss, reduction, sample_weight, backend
-    return _product("hessian", params, X, y, v, *options)
+    return _product("hessian", params, X, y, v, reduction, **options)
 
 
 @public
@@ -204,11 +195,8 @@ def ggnvp(
     y: ArrayLike,
     v: Params,
     *,
-    activation: ActivationNames | None = None,
-    loss: LossName | None = None,
     reduction: Reduction = "mean",
-    sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[LossOptions],
 ) -> list[Layer]:
     """Compute Jᵀ A J v, the generalised Gauss-Newton matrix times a vector.
 
@@ -241,8 +229,7 @@ def ggnvp(
     >>> ggnvp([([[2.0]], [1.0])], [[3.0]], [[5.0]], [([[1.0]], [0.0])])
     [Layer(W=array([[18.]]), b=array([6.]))]
     """
-    options = activation, loss, reduction, sample_weight, backend
-    return _product("ggn", params, X, y, v, *options)
+    return _product("ggn", params, X, y, v, reduction, **options)
 
 
 @public
@@ -252,11 +239,8 @@ def fisher_vp(
     y: ArrayLike,
     v: Params,
     *,
-    activation: ActivationNames | None = None,
-    loss: LossName | None = None,
     reduction: Reduction = "mean",
-    sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[LossOptions],
 ) -> list[Layer]:
     """Compute F v, the Fisher information matrix of the net times a vector.
 
@@ -291,26 +275,21 @@ def fisher_vp(
     >>> fisher_vp([([[2.0]], [1.0])], [[3.0]], [[5.0]], v, loss="absolute_error")
     [Layer(W=array([[9.]]), b=array([3.]))]
     """
-    options = activation, loss, reduction, sample_weight, backend
-    return _product("fisher", params, X, y, v, *options)
+    return _product("fisher", params, X, y, v, reduction, **options)
 
 
 def _product(
     kind: str,
     params: Params,
-    X: Array,
-    y: Array,
+    X: ArrayLike,
+    y: ArrayLike,
     v: Params,
-    activation: Any,
-    loss: Any,
     reduction: str,
-    sample_weight: Array | None,
-    backend: str | None,
+    **options: Unpack[LossOptions],
 ) -> list[Layer]:
-    problem = validation.problem(params, X, y, activation, loss, reduction, sample_weight, backend)
-    return product(
-        KINDS[kind], problem, validation.like_params(v, "v", problem, backend), reduction
-    )
+    problem = validation.problem(params, X, y, reduction=reduction, **options)
+    vector = validation.like_params(v, "v", problem, options.get("backend"))
+    return product(KINDS[kind], problem, vector, reduction)
 
 
 def product(kind: Kind, problem: Problem, v: list[Layer], reduction: str) -> list[Layer]:

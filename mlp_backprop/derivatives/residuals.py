@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, Unpack
 
 from mlp_backprop import backprop
 from mlp_backprop.activations import ACTIVATIONS
@@ -22,13 +22,12 @@ from mlp_backprop.losses import LOSSES
 from mlp_backprop.maths import jets
 from mlp_backprop.maths.row_blocks import added_losses, joined, part, row_blocks
 from mlp_backprop.types import (
-    ActivationNames,
     Array,
     ArrayLike,
-    BackendName,
     Layer,
     LossAndGrads,
-    LossName,
+    LossOptions,
+    NetOptions,
     Params,
     Reduction,
 )
@@ -44,11 +43,8 @@ def sobolev_grads(
     dy: ArrayLike,
     *,
     weight: float = 1.0,
-    activation: ActivationNames | None = None,
-    loss: LossName | None = None,
     reduction: Reduction = "mean",
-    sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[LossOptions],
 ) -> LossAndGrads:
     """Compute a loss of outputs and slopes, and its gradient by every weight and bias.
 
@@ -90,9 +86,9 @@ def sobolev_grads(
     >>> float(result.loss), result.grads[0].W
     (5.0, array([[14.]]))
     """
-    problem = validation.problem(params, X, y, activation, loss, reduction, sample_weight, backend)
+    problem = validation.problem(params, X, y, reduction=reduction, **options)
     shape = problem.X.shape[0], problem.spec.sizes[-1], problem.spec.sizes[0]
-    slopes = validation.of_shape(dy, "dy", shape, problem, backend)
+    slopes = validation.of_shape(dy, "dy", shape, problem, options.get("backend"))
     return _sobolev_grads(problem, slopes, _checked_weight(weight), reduction)
 
 
@@ -149,11 +145,10 @@ def residual_grads(
     X: ArrayLike,
     residual: Residual,
     *,
-    activation: ActivationNames | None = None,
     inputs: Sequence[int] | None = None,
     reduction: Reduction = "mean",
     sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
+    **options: Unpack[NetOptions],
 ) -> LossAndGrads:
     """Compute the sum of squares of a residual, and its gradient by every weight and bias.
 
@@ -212,12 +207,11 @@ def residual_grads(
     """
     if not callable(residual):
         raise TypeError(f"residual must be a function, got {type_name(residual)}")
-    net = validation.network(
-        params, X, activation, backend, reduction=reduction, sample_weight=sample_weight
-    )
+    net = validation.network(params, X, reduction=reduction, sample_weight=sample_weight, **options)
     _check_smooth(net.spec.activations)
     squares = net.spec._replace(loss=LOSSES["squared_error"])  # of the residual and 0
-    return _residual_grads(net._replace(spec=squares), residual, inputs, reduction, backend)
+    problem = net._replace(spec=squares)
+    return _residual_grads(problem, residual, inputs, reduction, options.get("backend"))
 
 
 def _residual_grads(

@@ -1,8 +1,9 @@
 """What every public function has around it: the stream of its arguments, and no warnings."""
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import numpy as np
 
@@ -22,11 +23,33 @@ def public(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
 
 def on_stream_of_arguments(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """The stream alone, for a function that calls the caller's own, whose warnings are his."""
+    signature = spelled_out(function)
 
     @wraps(function)
     def call(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        if not options.keys() <= signature.parameters.keys():
+            unknown = next(name for name in options if name not in signature.parameters)
+            raise TypeError(f"{function.__name__}() has no argument {unknown!r}: {signature}")
         backend: Any = options.get("backend")
         with backends.callers_stream((*args, *options.values()), backend):
             return function(*args, **options)
 
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return call
+
+
+def spelled_out(function: Callable[..., Any]) -> inspect.Signature:
+    """Its signature for help() and completion: each keyword of **options by name, types left out.
+
+    A type checker reads the source; spelled out, the types of arrays would take half a page.
+    """
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        (options,) = get_args(parameters.pop().annotation)
+        only = inspect.Parameter.KEYWORD_ONLY
+        parameters += [
+            inspect.Parameter(name, only, default=None) for name in options.__annotations__
+        ]
+    untyped = [parameter.replace(annotation=parameter.empty) for parameter in parameters]
+    return inspect.Signature(untyped)

@@ -3,7 +3,7 @@
 An engine replaces a whole pass. It has `prepare(spec, n)`, which gives a run over up to n rows, or
 None for what it does not cover, and all runs keep one contract:
 
-    run(params, X, y, weight, reduction, out) -> LossAndGrads
+    run(params, X, y, weight, reduction, out=None) -> LossAndGrads
 
 where `reduction` is "mean" or "sum" and `out` is None or has the arrays for the gradients. The
 results are the caller's to keep. What no engine covers runs the derivation. A run may have
@@ -30,7 +30,7 @@ from mlp_backprop.maths.samples import Factors
 from mlp_backprop.maths.tangents import Kind
 from mlp_backprop.types import Array, Layer, LossAndGrads
 
-Run = Callable[[list[Layer], Array, Array, Array | None, str, list[Layer] | None], LossAndGrads]
+Run = Callable[..., LossAndGrads]  # as above
 
 
 class Pass:
@@ -41,33 +41,16 @@ class Pass:
         self.checks_labels = bool(getattr(run, "checks_labels", False))
         self._in_use = threading.Lock()
 
-    def __call__(
-        self,
-        params: list[Layer],
-        X: Array,
-        y: Array,
-        weight: Array | None,
-        reduction: str,
-        out: list[Layer] | None = None,
-    ) -> LossAndGrads:
-        """Loss and gradients, these in the arrays of `out` if there is one."""
-        return self._alone(self._run, params, X, y, weight, reduction, out)
+    def __call__(self, *arguments: Any) -> LossAndGrads:
+        """The run, as above."""
+        return self._alone(self._run, *arguments)
 
-    def bound(
-        self,
-        params: list[Layer],
-        X: Array,
-        y: Array,
-        weight: Array | None,
-        reduction: str,
-        constant_X: bool = False,
-    ) -> Callable[[], LossAndGrads]:
+    def bound(self, *arguments: Any, constant_X: bool = False) -> Callable[[], LossAndGrads]:
         """The pass over these arrays, whatever they hold when it is called; X may be promised."""
-        arrays = params, X, y, weight, reduction
         own = getattr(self._run, "bound", None)
         if own is None:
-            return partial(self, *arrays)
-        return partial(self._alone, own(*arrays, constant_X))
+            return partial(self, *arguments)
+        return partial(self._alone, own(*arguments, constant_X))
 
     def _alone(self, run: Callable[..., LossAndGrads], *arguments: Any) -> LossAndGrads:
         if not self._in_use.acquire(blocking=False):

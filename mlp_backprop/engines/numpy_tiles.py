@@ -157,7 +157,7 @@ class TiledRun:
         y: Array,
         weight: Array | None,
         reduction: str,
-        out: list[Layer] | None,
+        out: list[Layer] | None = None,
     ) -> LossAndGrads:
         """The contract of choice.py."""
         return backprop.reduced(self.spec, self.sums(params, X, y, weight), reduction, out)

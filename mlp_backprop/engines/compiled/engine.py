@@ -80,7 +80,7 @@ class NarrowRun:
         y: Array,
         weight: Array | None,
         reduction: str,
-        out: list[Layer] | None,
+        out: list[Layer] | None = None,
     ) -> LossAndGrads:
         """The contract of choice.py; gradients are views of one array, which one step divides."""
         self.pack(params)
