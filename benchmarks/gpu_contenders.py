@@ -94,7 +94,7 @@ def _derivation(task: Task, precision: str) -> Ready:
     if precision != "float32":
         raise ValueError("the derivation computes in float32")
     spec, arrays = checked(task)
-    return Ready(lambda: choice.derivation(spec, *arrays, reduction="mean"), _read)
+    return Ready(lambda: choice.derivation(spec, *arrays), _read)
 
 
 def checked(task: Task) -> tuple[backprop.Spec, list[Any]]:

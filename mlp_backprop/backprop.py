@@ -31,13 +31,17 @@ Activations = tuple[Activation, ...]
 
 
 class Spec(NamedTuple):
-    """What is known before data comes: namespace, widths d_0 ... d_L, dtype, rows of the tables."""
+    """What is known before data comes: namespace, widths d_0 ... d_L, dtype, rows of the tables.
+
+    And what is asked for, "sum" or "mean".
+    """
 
     xp: Namespace
     sizes: tuple[int, ...]
     dtype: DType
     activations: Activations
     loss: Loss = None  # type: ignore[assignment]  # absent where only the net is asked about
+    reduction: str = "sum"
 
 
 class Sums(NamedTuple):
@@ -110,12 +114,17 @@ def accumulator_dtype(spec: Spec) -> DType:
     return spec.xp.float32 if spec.xp.finfo(spec.dtype).bits < 32 else spec.dtype
 
 
-def reduced(spec: Spec, sums: Sums, reduction: str, out: list[Layer] | None = None) -> LossAndGrads:
-    """The one place where a sum becomes a mean: new arrays, or those of `out` for the gradients."""
-    xp, divisor = spec.xp, sums.weight if reduction == "mean" else 1.0
+def divisor(spec: Spec, weight_sum: Array | float) -> Array | float:
+    """The one place where a sum becomes a mean: what it is divided by."""
+    return weight_sum if spec.reduction == "mean" else 1.0
+
+
+def reduced(spec: Spec, sums: Sums, out: list[Layer] | None = None) -> LossAndGrads:
+    """Sums as a caller gets them: in new arrays, or in those of `out` for the gradients."""
+    xp, over = spec.xp, divisor(spec, sums.weight)
     # A sum may leave the range of half precision, so its loss stays in the accumulator's dtype.
-    loss = xp.asarray(sums.loss / divisor, dtype=accumulator_dtype(spec))[()]
-    grads = [Layer(W / divisor, b / divisor) for W, b in sums.grads]
+    loss = xp.asarray(sums.loss / over, dtype=accumulator_dtype(spec))[()]
+    grads = [Layer(W / over, b / over) for W, b in sums.grads]
     if grads[0].W.dtype != spec.dtype:
         grads = [Layer(xp.astype(W, spec.dtype), xp.astype(b, spec.dtype)) for W, b in grads]
     return LossAndGrads(loss, grads if out is None else written(grads, out))

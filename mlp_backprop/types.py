@@ -73,6 +73,12 @@ class LossOptions(NetOptions, total=False):
     sample_weight: ArrayLike | None
 
 
+class SumOptions(LossOptions, total=False):
+    """And for those that sum over samples."""
+
+    reduction: Reduction
+
+
 class Layer(NamedTuple):
     """Weights and biases of one layer, or their gradients: a plain pair with names.
 

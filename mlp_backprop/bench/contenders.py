@@ -105,7 +105,7 @@ def _derivation(task: Task) -> Ready:
     """The derivation as it stands, on the arrays' own dtype."""
     params, X, y, activation, loss = task
     checked = validation.problem(params, X, y, activation, loss, "mean", None, "numpy")
-    return Ready(lambda: choice.derivation(*checked, reduction="mean"), _read)
+    return Ready(lambda: choice.derivation(*checked), _read)
 
 
 def _torch(task: Task, *, compiled: bool = False, n_threads: int | None = None) -> Ready:

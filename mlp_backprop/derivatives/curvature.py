@@ -19,15 +19,7 @@ from mlp_backprop.maths import hessians, tangents
 from mlp_backprop.maths.row_blocks import joined, part, row_blocks
 from mlp_backprop.maths.tangents import KINDS
 from mlp_backprop.nets.vectors import n_params, ravel, unravel
-from mlp_backprop.types import (
-    Array,
-    ArrayLike,
-    Layer,
-    LossOptions,
-    NetOptions,
-    Params,
-    Reduction,
-)
+from mlp_backprop.types import Array, ArrayLike, Layer, NetOptions, Params, SumOptions
 
 # P² numbers are 3.2 GB of float64 then, and the matrix is made from its blocks by way of copies.
 MOST_PARAMETERS = 20_000
@@ -38,9 +30,7 @@ def hessian(
     params: Params,
     X: ArrayLike,
     y: ArrayLike,
-    *,
-    reduction: Reduction = "mean",
-    **options: Unpack[LossOptions],
+    **options: Unpack[SumOptions],
 ) -> Array:
     """Compute the Hessian of the loss with respect to all weights and biases, as a matrix.
 
@@ -75,8 +65,8 @@ def hessian(
     array([[18.,  6.],
            [ 6.,  2.]])
     """
-    problem = validation.problem(params, X, y, reduction=reduction, **options)
-    return _matrix(problem, reduction, gauss_newton=False)
+    problem = validation.problem(params, X, y, **options)
+    return _matrix(problem, gauss_newton=False)
 
 
 @public
@@ -84,9 +74,7 @@ def ggn(
     params: Params,
     X: ArrayLike,
     y: ArrayLike,
-    *,
-    reduction: Reduction = "mean",
-    **options: Unpack[LossOptions],
+    **options: Unpack[SumOptions],
 ) -> Array:
     """Compute the generalised Gauss-Newton matrix Jᵀ A J.
 
@@ -118,11 +106,11 @@ def ggn(
     array([[18.,  6.],
            [ 6.,  2.]])
     """
-    problem = validation.problem(params, X, y, reduction=reduction, **options)
-    return _matrix(problem, reduction, gauss_newton=True)
+    problem = validation.problem(params, X, y, **options)
+    return _matrix(problem, gauss_newton=True)
 
 
-def _matrix(problem: Problem, reduction: str, *, gauss_newton: bool) -> Array:
+def _matrix(problem: Problem, *, gauss_newton: bool) -> Array:
     spec, layers, X, y, weight = problem
     P = n_params(layers)
     if P > MOST_PARAMETERS:
@@ -135,7 +123,7 @@ def _matrix(problem: Problem, reduction: str, *, gauss_newton: bool) -> Array:
         block = X[cut, :], y[cut, ...], part(weight, cut)
         found = hessians.blocks(spec, layers, *block, gauss_newton)
         total = [a + b for a, b in zip(total, found, strict=True)] if total else found
-    divisor = backprop.weight_sum(spec, X, weight) if reduction == "mean" else 1.0
+    divisor = backprop.divisor(spec, backprop.weight_sum(spec, X, weight))
     return spec.xp.astype(assembled(spec, total) / divisor, spec.dtype, copy=False)
 
 
@@ -230,9 +218,7 @@ def linear_operator(
     params: Params,
     X: ArrayLike,
     y: ArrayLike,
-    *,
-    reduction: Reduction = "mean",
-    **options: Unpack[LossOptions],
+    **options: Unpack[SumOptions],
 ) -> Any:
     """Make a SciPy LinearOperator of the Hessian, the Gauss-Newton or the Fisher matrix.
 
@@ -269,7 +255,7 @@ def linear_operator(
     True
     """
     row = table_row("kind", kind, KINDS)
-    problem = validation.problem(params, X, y, reduction=reduction, **options)
+    problem = validation.problem(params, X, y, **options)
     try:
         from scipy.sparse.linalg import LinearOperator
     except ImportError as error:
@@ -283,7 +269,7 @@ def linear_operator(
     def times(x: Array) -> Array:
         with backends.callers_stream([X], options.get("backend")):
             vector = home.place(Argument("x", np.reshape(x, -1), np), dtype)
-            result = products.product(row, problem, unravel(xp, vector, layers), reduction)
+            result = products.product(row, problem, unravel(xp, vector, layers))
             return backends.to_numpy(xp, ravel(xp, result))
 
     P = n_params(layers)

@@ -128,7 +128,7 @@ def compute_grads(
         params, X, y, activation, loss, reduction, sample_weight, backend, precision=precision
     )
     run = choice.plan(problem.spec, problem.X.shape[0], backend, precision)
-    return run(*problem[1:], reduction)
+    return run(*problem[1:])
 
 
 @public
@@ -202,5 +202,5 @@ def trace(
     deltas = dict(backprop.backward(spec, layers, Z, H, G))
     D = [deltas[1] @ layers[0].W, *(deltas[l] for l in range(1, len(Z)))]
     sums = [backprop.layer_grad_sums(spec, D[l], H[l - 1]) for l in range(1, len(Z))]
-    grads = backprop.reduced(spec, backprop.Sums(spec.xp.sum(values), 1.0, sums), "sum").grads
+    grads = backprop.reduced(spec, backprop.Sums(spec.xp.sum(values), 1.0, sums)).grads
     return Trace(Z, H, D, values, grads)

@@ -15,15 +15,7 @@ from mlp_backprop.edge.calls import public
 from mlp_backprop.edge.validation import Problem
 from mlp_backprop.maths import jets
 from mlp_backprop.maths.row_blocks import joined, part, row_blocks
-from mlp_backprop.types import (
-    Array,
-    ArrayLike,
-    Layer,
-    LossOptions,
-    NetOptions,
-    Params,
-    Reduction,
-)
+from mlp_backprop.types import Array, ArrayLike, Layer, NetOptions, Params, SumOptions
 
 
 @public
@@ -31,9 +23,7 @@ def input_grads(
     params: Params,
     X: ArrayLike,
     y: ArrayLike,
-    *,
-    reduction: Reduction = "mean",
-    **options: Unpack[LossOptions],
+    **options: Unpack[SumOptions],
 ) -> Array:
     """Compute the gradient of the loss with respect to the inputs.
 
@@ -67,11 +57,11 @@ def input_grads(
     >>> input_grads([([[2.0]], [1.0])], X=[[3.0]], y=[[5.0]])
     array([[8.]])
     """
-    problem = validation.problem(params, X, y, reduction=reduction, **options)
-    return _input_grads(problem, reduction)
+    problem = validation.problem(params, X, y, **options)
+    return _input_grads(problem)
 
 
-def _input_grads(problem: Problem, reduction: str) -> Array:
+def _input_grads(problem: Problem) -> Array:
     spec, layers, X, y, weight = problem
     xp, parts = spec.xp, []
     for rows in row_blocks(xp, X, 2 * sum(spec.sizes)):
@@ -79,7 +69,7 @@ def _input_grads(problem: Problem, reduction: str) -> Array:
         _, G = backprop.loss_and_output_grad(spec, H[-1], y[rows, ...], part(weight, rows))
         *_, (_, D) = backprop.backward(spec, layers, Z, H, G)
         parts.append(D @ layers[0].W)
-    divisor = backprop.weight_sum(spec, X, weight) if reduction == "mean" else 1.0
+    divisor = backprop.divisor(spec, backprop.weight_sum(spec, X, weight))
     return xp.astype(joined(xp, parts) / divisor, spec.dtype, copy=False)
 
 

@@ -23,7 +23,7 @@ from mlp_backprop.types import (
     LossAndGrads,
     LossOptions,
     Params,
-    Reduction,
+    SumOptions,
 )
 
 
@@ -147,8 +147,7 @@ def clipped_grads(
     y: ArrayLike,
     *,
     max_norm: float,
-    reduction: Reduction = "mean",
-    **options: Unpack[LossOptions],
+    **options: Unpack[SumOptions],
 ) -> LossAndGrads:
     """Compute a loss, and the sum of its samples' gradients, each clipped to a norm.
 
@@ -197,7 +196,7 @@ def clipped_grads(
     (5.0, array([-0.41886117]))
     """
     max_norm = _checked_norm(max_norm)
-    spec, layers, X, y, weight = validation.problem(params, X, y, reduction=reduction, **options)
+    spec, layers, X, y, weight = validation.problem(params, X, y, **options)
     total: list[tuple[Array | float, list[Layer]]] = []
 
     def add(loss: Array | float, factors: Iterable[Factors]) -> None:
@@ -207,7 +206,7 @@ def clipped_grads(
     choice.for_each_sweep(spec, layers, X, y, weight, add)
     [(loss_sum, grads)] = total
     sums = Sums(loss_sum, backprop.weight_sum(spec, X, weight), grads)
-    return backprop.reduced(spec, sums, reduction)
+    return backprop.reduced(spec, sums)
 
 
 def _checked_norm(max_norm: object) -> float:

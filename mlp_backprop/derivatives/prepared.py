@@ -88,7 +88,7 @@ def prepare_grads(
     )
     net = params if isinstance(params, Net) else Net(())
     names = net.activation if activation is None else activation
-    return PreparedGrads(spec, int(n), names, reduction, backend, precision)
+    return PreparedGrads(spec, int(n), names, backend, precision)
 
 
 class PreparedGrads:
@@ -99,12 +99,11 @@ class PreparedGrads:
         spec: Spec,
         n: int,
         activation: ActivationNames,
-        reduction: Reduction,
         backend: BackendName | None,
         precision: Precision,
     ) -> None:
-        self._made_of = spec, n, activation, reduction, backend, precision
-        self._spec, self._n, self._reduction, self._backend = spec, n, reduction, backend
+        self._made_of = spec, n, activation, backend, precision
+        self._spec, self._n, self._backend = spec, n, backend
         self._names = activation, spec.loss.name
         self._kinds = Kinds(spec)
         self._run = choice.plan(spec, n, backend, precision)
@@ -112,7 +111,7 @@ class PreparedGrads:
         self._options: dict[str, Any] = {
             "activation": activation,
             "loss": spec.loss.name,
-            "reduction": reduction,
+            "reduction": spec.reduction,
             "backend": backend,
             "precision": precision,
             "look_at_values": not self._kinds.on_gpu,  # which would wait for the device
@@ -130,7 +129,8 @@ class PreparedGrads:
         """In a pickle, what was prepared for, by names; the plan is made anew."""
         spec, *others = self._made_of
         library, dtype = backends.library_name(spec.xp), dtype_name(spec.dtype)
-        return _prepared_anew, (library, spec.sizes, dtype, spec.loss.name, *others)
+        names = spec.loss.name, spec.reduction
+        return _prepared_anew, (library, spec.sizes, dtype, *names, *others)
 
     def bind(
         self,
@@ -183,9 +183,7 @@ class PreparedGrads:
             if fits:
                 self._check_values(X, y, weight)
             own = [Layer(W, b) for W, b in own]  # the list may change
-            run = quietly(self._run.bound)(
-                own, X, y, weight, self._reduction, constant_X=constant_X
-            )
+            run = quietly(self._run.bound)(own, X, y, weight, constant_X=constant_X)
         arrays = [A for A in (X, y, weight, *flat(own)) if A is not None]
         shapes = [*map(_shape, arrays)]
 
@@ -223,9 +221,9 @@ class PreparedGrads:
     def _call(self, params: Any, X: Array, y: Array, weight: Any, out: Any) -> LossAndGrads:
         self._check_n(X)
         if out is None:
-            return self._run(params, X, y, weight, self._reduction)
+            return self._run(params, X, y, weight)
         arrays = validation.check_out(out, self._spec)
-        loss, _ = self._run(params, X, y, weight, self._reduction, arrays)
+        loss, _ = self._run(params, X, y, weight, arrays)
         return LossAndGrads(loss, [Layer(W, b) for W, b in out])
 
     def _unwrapped(self, params: Any) -> Any:
@@ -246,12 +244,12 @@ class PreparedGrads:
             return
         xp, loss = self._spec.xp, self._spec.loss
         weights = None if weight is None else Argument("sample_weight", weight, xp)
-        rules.check_weight_shape(weights, X.shape[0], self._reduction)
+        rules.check_weight_shape(weights, X.shape[0], self._spec.reduction)
         if self._kinds.on_gpu:
             return
         if self._looks_at_y:
             rules.check_target_values(Argument("y", y, xp), loss, self._spec.sizes[-1])
-        rules.check_weight_values(weights, self._reduction)
+        rules.check_weight_values(weights, self._spec.reduction)
 
     def _checked(self, *arrays: Any) -> tuple[list[Layer], Array, Array, Array | None]:
         """The arguments after all the checks and conversions of `compute_grads`."""
@@ -264,9 +262,9 @@ class PreparedGrads:
 
 
 def _prepared_anew(
-    library: str, sizes: tuple[int, ...], dtype: str, loss: str, n: int, *options: Any
+    library: str, sizes: tuple[int, ...], dtype: str, loss: str, reduction: str, *others: Any
 ) -> PreparedGrads:
-    xp, (activation, *_) = backends.namespace(library), options
-    rows, loss_row = rules.table_rows((), len(sizes) - 1, activation, loss, "sum")
+    xp, (_, activation, *_) = backends.namespace(library), others
+    rows, loss_row = rules.table_rows((), len(sizes) - 1, activation, loss, reduction)
     own = np.dtype(dtype) if xp is np or library == "cupy" else getattr(xp, dtype)
-    return PreparedGrads(Spec(xp, sizes, own, rows, loss_row), n, *options)
+    return PreparedGrads(Spec(xp, sizes, own, rows, loss_row, reduction), *others)

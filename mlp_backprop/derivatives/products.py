@@ -19,11 +19,10 @@ from mlp_backprop.types import (
     Array,
     ArrayLike,
     Layer,
-    LossOptions,
     Namespace,
     NetOptions,
     Params,
-    Reduction,
+    SumOptions,
 )
 
 
@@ -136,7 +135,7 @@ def vjp(
         return backprop.loss_and_grad_sums(spec, net.params, *block).grads
 
     total = reduce(added, map(sums, row_blocks(spec.xp, net.X, row_numbers(spec))))
-    return backprop.reduced(spec, Sums(0.0, 1.0, total), "sum").grads
+    return backprop.reduced(spec, Sums(0.0, 1.0, total)).grads
 
 
 @public
@@ -145,9 +144,7 @@ def hvp(
     X: ArrayLike,
     y: ArrayLike,
     v: Params,
-    *,
-    reduction: Reduction = "mean",
-    **options: Unpack[LossOptions],
+    **options: Unpack[SumOptions],
 ) -> list[Layer]:
     """Compute H v, the Hessian of the loss with respect to all parameters, times a vector.
 
@@ -185,7 +182,7 @@ def hvp(
     >>> hvp([([[2.0]], [1.0])], [[3.0]], [[5.0]], [([[1.0]], [0.0])])
     [Layer(W=array([[18.]]), b=array([6.]))]
     """
-    return _product("hessian", params, X, y, v, reduction, **options)
+    return _product("hessian", params, X, y, v, **options)
 
 
 @public
@@ -194,9 +191,7 @@ def ggnvp(
     X: ArrayLike,
     y: ArrayLike,
     v: Params,
-    *,
-    reduction: Reduction = "mean",
-    **options: Unpack[LossOptions],
+    **options: Unpack[SumOptions],
 ) -> list[Layer]:
     """Compute Jᵀ A J v, the generalised Gauss-Newton matrix times a vector.
 
@@ -229,7 +224,7 @@ def ggnvp(
     >>> ggnvp([([[2.0]], [1.0])], [[3.0]], [[5.0]], [([[1.0]], [0.0])])
     [Layer(W=array([[18.]]), b=array([6.]))]
     """
-    return _product("ggn", params, X, y, v, reduction, **options)
+    return _product("ggn", params, X, y, v, **options)
 
 
 @public
@@ -238,9 +233,7 @@ def fisher_vp(
     X: ArrayLike,
     y: ArrayLike,
     v: Params,
-    *,
-    reduction: Reduction = "mean",
-    **options: Unpack[LossOptions],
+    **options: Unpack[SumOptions],
 ) -> list[Layer]:
     """Compute F v, the Fisher information matrix of the net times a vector.
 
@@ -275,7 +268,7 @@ def fisher_vp(
     >>> fisher_vp([([[2.0]], [1.0])], [[3.0]], [[5.0]], v, loss="absolute_error")
     [Layer(W=array([[9.]]), b=array([3.]))]
     """
-    return _product("fisher", params, X, y, v, reduction, **options)
+    return _product("fisher", params, X, y, v, **options)
 
 
 def _product(
@@ -284,17 +277,16 @@ def _product(
     X: ArrayLike,
     y: ArrayLike,
     v: Params,
-    reduction: str,
-    **options: Unpack[LossOptions],
+    **options: Unpack[SumOptions],
 ) -> list[Layer]:
-    problem = validation.problem(params, X, y, reduction=reduction, **options)
+    problem = validation.problem(params, X, y, **options)
     vector = validation.like_params(v, "v", problem, options.get("backend"))
-    return product(KINDS[kind], problem, vector, reduction)
+    return product(KINDS[kind], problem, vector)
 
 
-def product(kind: Kind, problem: Problem, v: list[Layer], reduction: str) -> list[Layer]:
+def product(kind: Kind, problem: Problem, v: list[Layer]) -> list[Layer]:
     """The product with a vector, for arguments that are checked."""
     spec, params, X, y, weight = problem
     total = choice.product_sums(spec, kind, params, v, X, y, weight)
     sums = Sums(0.0, backprop.weight_sum(spec, X, weight), total)
-    return backprop.reduced(spec, sums, reduction).grads
+    return backprop.reduced(spec, sums).grads

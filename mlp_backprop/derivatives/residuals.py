@@ -26,10 +26,10 @@ from mlp_backprop.types import (
     ArrayLike,
     Layer,
     LossAndGrads,
-    LossOptions,
     NetOptions,
     Params,
     Reduction,
+    SumOptions,
 )
 
 Residual = Callable[[Array, Array, Array, Array], tuple[Array, Sequence[Array | None]]]
@@ -43,8 +43,7 @@ def sobolev_grads(
     dy: ArrayLike,
     *,
     weight: float = 1.0,
-    reduction: Reduction = "mean",
-    **options: Unpack[LossOptions],
+    **options: Unpack[SumOptions],
 ) -> LossAndGrads:
     """Compute a loss of outputs and slopes, and its gradient by every weight and bias.
 
@@ -86,13 +85,13 @@ def sobolev_grads(
     >>> float(result.loss), result.grads[0].W
     (5.0, array([[14.]]))
     """
-    problem = validation.problem(params, X, y, reduction=reduction, **options)
+    problem = validation.problem(params, X, y, **options)
     shape = problem.X.shape[0], problem.spec.sizes[-1], problem.spec.sizes[0]
     slopes = validation.of_shape(dy, "dy", shape, problem, options.get("backend"))
-    return _sobolev_grads(problem, slopes, _checked_weight(weight), reduction)
+    return _sobolev_grads(problem, slopes, _checked_weight(weight))
 
 
-def _sobolev_grads(problem: Problem, dy: Array, weight: float, reduction: str) -> LossAndGrads:
+def _sobolev_grads(problem: Problem, dy: Array, weight: float) -> LossAndGrads:
     spec, layers, X, y, row_weight = problem
     sums = (
         _sobolev_sums(
@@ -100,7 +99,7 @@ def _sobolev_grads(problem: Problem, dy: Array, weight: float, reduction: str) -
         )
         for rows in _blocks(spec, X, 2 * min(spec.sizes[0], spec.sizes[-1]))
     )
-    return _reduced(spec, sums, X, row_weight, reduction)
+    return _reduced(spec, sums, X, row_weight)
 
 
 def _sobolev_sums(
@@ -211,11 +210,11 @@ def residual_grads(
     _check_smooth(net.spec.activations)
     squares = net.spec._replace(loss=LOSSES["squared_error"])  # of the residual and 0
     problem = net._replace(spec=squares)
-    return _residual_grads(problem, residual, inputs, reduction, options.get("backend"))
+    return _residual_grads(problem, residual, inputs, options.get("backend"))
 
 
 def _residual_grads(
-    problem: Problem, residual: Residual, inputs: Any, reduction: str, backend: str | None
+    problem: Problem, residual: Residual, inputs: Any, backend: str | None
 ) -> LossAndGrads:
     spec, layers, X, _, weight = problem
     xp, n_in = spec.xp, spec.sizes[0]
@@ -243,7 +242,7 @@ def _residual_grads(
         grads = jets.grad_sums(spec, layers, Z, H, tape, G[rows, ...], Gt, part(Gs, rows), c)
         return xp.sum(values[rows]), grads
 
-    return _reduced(spec, map(block_sums, blocks), X, weight, reduction)
+    return _reduced(spec, map(block_sums, blocks), X, weight)
 
 
 def _check_smooth(activations: Activations) -> None:
@@ -323,9 +322,8 @@ def _reduced(
     blocks: Iterable[tuple[Array, list[Layer]]],
     X: Array,
     weight: Array | None,
-    reduction: str,
 ) -> LossAndGrads:
     """Losses and gradients of all blocks, added, and divided once."""
     loss, grads = added_losses(blocks)
     sums = Sums(loss, backprop.weight_sum(spec, X, weight), grads)
-    return backprop.reduced(spec, sums, reduction)
+    return backprop.reduced(spec, sums)

@@ -47,9 +47,10 @@ def spelled_out(function: Callable[..., Any]) -> inspect.Signature:
     parameters = list(signature.parameters.values())
     if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
         (options,) = get_args(parameters.pop().annotation)
-        only = inspect.Parameter.KEYWORD_ONLY
+        defaults = {"reduction": "mean"}  # all others: None
         parameters += [
-            inspect.Parameter(name, only, default=None) for name in options.__annotations__
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name))
+            for name in options.__annotations__
         ]
     untyped = [parameter.replace(annotation=parameter.empty) for parameter in parameters]
     return inspect.Signature(untyped)

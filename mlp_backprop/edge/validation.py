@@ -104,7 +104,7 @@ def problem(
 
     placed = home.place_params(layers, dtype)
     return Problem(
-        spec=Spec(home.xp, sizes, placed[0].W.dtype, rows, loss_row),
+        spec=Spec(home.xp, sizes, placed[0].W.dtype, rows, loss_row, reduction),
         params=placed,
         X=home.place(inputs, dtype),
         y=None if targets is None else home.place(targets, None if labels else dtype),
@@ -129,7 +129,7 @@ def specification(
     dtype = common_dtype(layers, home)
     check_precision(precision, home, dtype)
     placed = home.place_params(layers, dtype)
-    return Spec(home.xp, sizes, placed[0].W.dtype, rows, loss_row)
+    return Spec(home.xp, sizes, placed[0].W.dtype, rows, loss_row, reduction)
 
 
 def check_out(out: Params, spec: Spec) -> list[Layer]:

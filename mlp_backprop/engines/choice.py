@@ -3,14 +3,14 @@
 An engine replaces a whole pass. It has `prepare(spec, n)`, which gives a run over up to n rows, or
 None for what it does not cover, and all runs keep one contract:
 
-    run(params, X, y, weight, reduction, out=None) -> LossAndGrads
+    run(params, X, y, weight, out=None) -> LossAndGrads
 
-where `reduction` is "mean" or "sum" and `out` is None or has the arrays for the gradients. The
-results are the caller's to keep. What no engine covers runs the derivation. A run may have
+where `out` has the arrays for the gradients, if it is not None. The results are the caller's to
+keep. What no engine covers runs the derivation. A run may have
 
-    bound(params, X, y, weight, reduction, constant_X)   a call for the same arrays again and again
-    checks_labels                                        whether it refuses what is no class itself
-    sums(params, X, y, weight)                           in float64, to be added up over blocks
+    bound(params, X, y, weight, constant_X)   a call for the same arrays again and again
+    checks_labels                             whether it refuses by itself what is no class
+    sums(params, X, y, weight)                in float64, to be added up over blocks of rows
 """
 
 import threading
@@ -86,12 +86,11 @@ def derivation(
     X: Array,
     y: Array,
     weight: Array | None,
-    reduction: str,
     out: list[Layer] | None = None,
 ) -> LossAndGrads:
     """The derivation as a run: of every library that has no faster one."""
     sums = backprop.loss_and_grad_sums(spec, params, X, y, weight)
-    return backprop.reduced(spec, sums, reduction, out)
+    return backprop.reduced(spec, sums, out)
 
 
 def is_for_numpy(spec: Spec) -> bool:

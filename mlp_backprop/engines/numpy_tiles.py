@@ -156,11 +156,10 @@ class TiledRun:
         X: Array,
         y: Array,
         weight: Array | None,
-        reduction: str,
         out: list[Layer] | None = None,
     ) -> LossAndGrads:
         """The contract of choice.py."""
-        return backprop.reduced(self.spec, self.sums(params, X, y, weight), reduction, out)
+        return backprop.reduced(self.spec, self.sums(params, X, y, weight), out)
 
     def sums(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Sums:
         """Loss, weights and gradients, summed over the rows of X."""

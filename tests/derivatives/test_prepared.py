@@ -208,7 +208,7 @@ def test_a_constant_X_is_a_promise_that_every_library_takes(backend):
 def test_the_promise_reaches_the_engine(monkeypatch, constant_X):
     promised = []
 
-    def bound(params, X, y, weight, reduction, constant_X):
+    def bound(params, X, y, weight, constant_X):
         promised.append(constant_X)
         return lambda: (0.0, [])
 
@@ -473,8 +473,8 @@ def test_on_cupy_values_are_not_looked_at(monkeypatch, container, weighted):
     def plan(spec, n, *_):
         run = engine.derivation(spec, n)
 
-        def of_a_tier(params, X, y, weight, reduction, out=None):
-            return run(Arguments(params, X, y, weight, reduction == "mean", out))
+        def of_a_tier(params, X, y, weight, out=None):
+            return run(Arguments(params, X, y, weight, spec.reduction == "mean", out))
 
         return choice.Pass(of_a_tier)
 

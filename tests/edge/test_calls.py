@@ -28,8 +28,8 @@ def test_every_keyword_has_a_name(name):
 
 def test_defaults_are_shown():
     assert str(inspect.signature(hvp)) == (
-        "(params, X, y, v, *, reduction='mean', activation=None, backend=None, loss=None, "
-        "sample_weight=None)"
+        "(params, X, y, v, *, activation=None, backend=None, loss=None, sample_weight=None, "
+        "reduction='mean')"
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import from_dtype, njit, types
 
-from mlp_backprop.backprop import Spec, Sums, written
+from mlp_backprop.backprop import Spec, Sums, divisor, written
 from mlp_backprop.edge.arguments import Argument
 from mlp_backprop.edge.rules import check_target_values
 from mlp_backprop.engines import numpy_tiles, threads
@@ -79,12 +79,11 @@ class NarrowRun:
         X: Array,
         y: Array,
         weight: Array | None,
-        reduction: str,
         out: list[Layer] | None = None,
     ) -> LossAndGrads:
         """The contract of choice.py; gradients are views of one array, which one step divides."""
         self.pack(params)
-        results = self.divided(self.flat_sums(X, y, weight), reduction)
+        results = self.divided(self.flat_sums(X, y, weight))
         grads = by_layer(results, self.sizes)
         return LossAndGrads(results[-2], grads if out is None else written(grads, out))
 
@@ -94,7 +93,6 @@ class NarrowRun:
         X: Array,
         y: Array,
         weight: Array | None,
-        reduction: str,
         constant_X: bool,
     ) -> Callable[[], LossAndGrads]:
         """The pass over these arrays, into the same ones every time; X is read as it lies."""
@@ -105,7 +103,7 @@ class NarrowRun:
         def call() -> LossAndGrads:
             for own, given in copies:
                 own[...] = given
-            self.divided(self.flat_sums(X, y, weight), reduction, results)
+            self.divided(self.flat_sums(X, y, weight), results)
             return LossAndGrads(results[-2], grads)
 
         return call
@@ -120,12 +118,11 @@ class NarrowRun:
         for (W, b), own in zip(params, self.params_by_layer, strict=True):
             own.W[...], own.b[...] = W, b
 
-    def divided(self, sums: Array, reduction: str, out: Array | None = None) -> Array:
+    def divided(self, sums: Array, out: Array | None = None) -> Array:
         """What flat_sums gives, as results in the net's dtype."""
-        divisor = sums[-1] if reduction == "mean" else 1.0
         if out is None:
             out = np.empty(len(sums), self.params.dtype)
-        return np.divide(sums, divisor, out, casting="same_kind")
+        return np.divide(sums, divisor(self.spec, sums[-1]), out, casting="same_kind")
 
     def flat_sums(self, X: Array, y: Array, weight: Array | None) -> Array:
         """With the parameters that are at hand: gradients as `record` has them, loss, weight."""

@@ -70,7 +70,8 @@ def derivation(spec: Spec, n: int) -> TierRun:
         parts = (sums_of(layers, X[rows], y[rows], part(weight, rows)) for rows in blocks)
         loss, grads = added_losses((sums.loss, sums.grads) for sums in parts)
         sums = Sums(loss, backprop.weight_sum(spec, X, weight), grads)
-        loss, grads = backprop.reduced(spec, sums, "mean" if mean else "sum")
+        asked = spec._replace(reduction="mean" if mean else "sum")
+        loss, grads = backprop.reduced(asked, sums)
         if y.ndim == 1:
             # A narrow integer type may not be able to hold the width it is compared with.
             limit = min(spec.sizes[-1] - 1, xp.iinfo(y.dtype).max)
@@ -90,6 +91,7 @@ class Runs:
 
     def __init__(self, spec: Spec, n: int, precision: str) -> None:
         self.spec, self.precision = spec, precision
+        self.mean = spec.reduction == "mean"
         self.rows = n  # that a plan has memory for; a pass over more takes them in parts
         self.runs: dict[tuple[int, int], TierRun] = {}
 
@@ -99,11 +101,10 @@ class Runs:
         X: Array,
         y: Array,
         weight: Array | None,
-        reduction: str,
         out: list[Layer] | None = None,
     ) -> LossAndGrads:
         """Loss and gradients; short of memory, over half as many rows at a time."""
-        arguments = Arguments(params, X, y, weight, reduction == "mean", out)
+        arguments = Arguments(params, X, y, weight, self.mean, out)
         targets = [] if out is None else flat(out)
         _check_one_device([*_flat(params, X, y, weight), *targets])
         with X.device:
@@ -118,16 +119,15 @@ class Runs:
         X: Array,
         y: Array,
         weight: Array | None,
-        reduction: str,
         constant_X: bool = False,
     ) -> Callable[[], LossAndGrads]:
         """The pass over these arrays, whatever they hold when it is called.
 
         Where kernels read all of them as they lie, their launches are made up now.
         """
-        arrays = params, X, y, weight, reduction
+        arrays = params, X, y, weight
         _, out = self(*arrays)  # which looks at devices, and plans
-        arguments = Arguments(params, X, y, weight, reduction == "mean", out, constant_X)
+        arguments = Arguments(params, X, y, weight, self.mean, out, constant_X)
         with X.device:
             here, launch = _here(), self._launches(arguments)
         if launch is None:

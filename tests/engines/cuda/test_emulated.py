@@ -62,7 +62,7 @@ def placed(host, problem, precision):
     spec, params, *data = validation.problem(problem.params, problem.X, problem.y, **options)
     params = [Layer(host.array(W), host.array(b)) for W, b in params]
     X, y, weight = (None if A is None else host.array(A) for A in data)
-    return engine.prepare(spec, len(X), precision), (params, X, y, weight, "mean")
+    return engine.prepare(spec, len(X), precision), (params, X, y, weight)
 
 
 CASES = [
@@ -82,7 +82,7 @@ def mean(problem):
     exact = problem.astype(np.float64)
     options = exact.options | {"reduction": "mean", "backend": None}
     spec, *arrays = validation.problem(exact.params, exact.X, exact.y, **options)
-    return backprop.reduced(spec, backprop.loss_and_grad_sums(spec, *arrays), "mean")
+    return backprop.reduced(spec, backprop.loss_and_grad_sums(spec, *arrays))
 
 
 def assert_results_close(got, expected, tolerance):

@@ -115,9 +115,9 @@ def card(monkeypatch):
     return card
 
 
-def placed(card, problem, device_id=0):
+def placed(card, problem, device_id=0, reduction="sum"):
     """The arguments of a run, on the card."""
-    options = problem.options | {"reduction": "sum", "backend": None}
+    options = problem.options | {"reduction": reduction, "backend": None}
     spec, params, *data = validation.problem(problem.params, problem.X, problem.y, **options)
     params = [Layer(card.array(W, device_id), card.array(b, device_id)) for W, b in params]
     X, y, weight = (None if A is None else card.array(A, device_id) for A in data)
@@ -162,7 +162,7 @@ FLOAT32 = make_problem(sizes=(3, 4, 2), n=8, weighted=True, dtype=np.float32)
 def run_derivation(problem, reduction):
     options = problem.options | {"reduction": reduction, "backend": None}
     spec, *arrays = validation.problem(problem.params, problem.X, problem.y, **options)
-    return backprop.reduced(spec, backprop.loss_and_grad_sums(spec, *arrays), reduction)
+    return backprop.reduced(spec, backprop.loss_and_grad_sums(spec, *arrays))
 
 
 def assert_right(results, problem=PROBLEM, reduction="sum"):
@@ -174,13 +174,14 @@ def assert_right(results, problem=PROBLEM, reduction="sum"):
 # Tiers -------------------------------------------------------------------------------------------
 
 
-def test_the_first_tier_that_covers_the_problem_runs(card, monkeypatch):
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_first_tier_that_covers_the_problem_runs(card, monkeypatch, reduction):
     tiers = Tier(card, covers=False), Tier(card), Tier(card)
     monkeypatch.setattr(engine, "TIERS", tiers)
-    spec, arrays = placed(card, PROBLEM)
+    spec, arrays = placed(card, PROBLEM, reduction=reduction)
     run = engine.prepare(spec, 7, "tf32")
-    for reduction in ("sum", "mean"):
-        assert_right(run(*arrays, reduction), reduction=reduction)
+    for _ in range(2):
+        assert_right(run(*arrays), reduction=reduction)
     assert [tier.plans for tier in tiers] == [[], [(7, "tf32", 0, 0)], []]
     assert len(tiers[1].calls) == 2
 
@@ -188,7 +189,7 @@ def test_the_first_tier_that_covers_the_problem_runs(card, monkeypatch):
 def test_what_no_tier_covers_runs_the_derivation(card, monkeypatch):
     monkeypatch.setattr(engine, "TIERS", (Tier(card, covers=False),))
     spec, arrays = placed(card, PROBLEM)
-    assert_right(engine.prepare(spec, 7, "float32")(*arrays, "sum"))
+    assert_right(engine.prepare(spec, 7, "float32")(*arrays))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -244,7 +245,7 @@ def test_cards_before_ampere_compute_in_float32(
     card.compute_capability, tier = compute_capability, Tier(card)
     monkeypatch.setattr(engine, "TIERS", (tier,))
     spec, arrays = placed(card, PROBLEM)
-    assert_right(engine.prepare(spec, 7, precision)(*arrays, "sum"))
+    assert_right(engine.prepare(spec, 7, precision)(*arrays))
     assert [plan[1] for plan in tier.plans] == [precision if has_types else "float32_exact"]
 
 
@@ -259,7 +260,7 @@ def test_a_plan_for_each_device_and_stream(card, monkeypatch):
     run = engine.prepare(spec, 9, "float32")
     for stream, here in ((0, arrays), (5, arrays), (0, on_one), (5, arrays), (0, arrays)):
         card.stream = stream
-        assert_right(run(*here, "sum"))
+        assert_right(run(*here))
     assert tier.plans == [(9, "float32", 0, 0), (9, "float32", 0, 5), (9, "float32", 1, 0)]
     assert [device for _, device in tier.calls] == [0, 0, 1, 0, 0]
     assert card.current == [0]
@@ -272,7 +273,7 @@ def test_streams_that_come_and_go_leave_no_plans_behind(card, monkeypatch):
     spec, arrays = placed(card, PROBLEM)
     run = engine.prepare(spec, 7, "float32")
     for card.stream in range(30):
-        assert_right(run(*arrays, "sum"))
+        assert_right(run(*arrays))
         assert tier.n_workspaces <= engine.MOST_PLANS
 
 
@@ -282,15 +283,15 @@ def test_devices_are_not_mixed(card, monkeypatch):
     run = engine.prepare(spec, 7, "float32")
     there = card.array(y, device_id=1)
     with pytest.raises(ValueError, match="CUDA devices 0 and 1: move all to one device first"):
-        run(params, X, there, weight, "sum")
+        run(params, X, there, weight)
     with pytest.raises(ValueError, match="devices 0 and 3"):
-        run(params, X, y, card.array(weight, device_id=3), "sum")
+        run(params, X, y, card.array(weight, device_id=3))
     W, b = params[1]
     b_there = card.array(b, device_id=2)
     with pytest.raises(ValueError, match="devices 0 and 2"):
-        run([params[0], Layer(W, b_there)], X, y, weight, "sum")
+        run([params[0], Layer(W, b_there)], X, y, weight)
     with pytest.raises(ValueError, match="devices 0 and 2"):
-        run(params, X, y, weight, "sum", [params[0], Layer(W, b_there)])
+        run(params, X, y, weight, [params[0], Layer(W, b_there)])
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -299,7 +300,7 @@ def test_short_of_memory_the_rows_are_halved_once(card, monkeypatch, n, weighted
     tier = Tier(card, fails=1)
     monkeypatch.setattr(engine, "TIERS", (tier,))
     problem = make_problem(sizes=(3, 4, 2), n=n, weighted=weighted)
-    spec, arrays = placed(card, problem)
+    spec, arrays = placed(card, problem, reduction="mean")
     run = engine.prepare(spec, n, "float32")
 
     def free_all_blocks():
@@ -308,8 +309,8 @@ def test_short_of_memory_the_rows_are_halved_once(card, monkeypatch, n, weighted
 
     card.free_all_blocks = free_all_blocks
     half = -(-n // 2)
-    assert_right(run(*arrays, "mean"), problem, "mean")
-    assert_right(run(*arrays, "sum"), problem)  # the next call begins with halves
+    assert_right(run(*arrays), problem, "mean")
+    assert_right(run(*arrays), problem, "mean")  # the next call begins with halves
     assert [rows for rows, _ in tier.calls] == [n, half, half]
     assert card.freed == 1
     assert [rows for rows, *_ in tier.plans] == [n, half]
@@ -321,9 +322,9 @@ def test_twice_short_of_memory(card, monkeypatch):
     run = engine.prepare(spec, 7, "float32")
     message = r"3\.0 of 8\.0 GB are free on <CUDA Device 0>, .* 4 rows at a time of widths 3-4-2"
     with pytest.raises(MemoryError, match=message) as caught:
-        run(*arrays, "sum")
+        run(*arrays)
     assert isinstance(caught.value.__cause__, OutOfMemoryError)
-    assert_right(run(*arrays, "sum"))  # and is still of use when there is memory again
+    assert_right(run(*arrays))  # and is still of use when there is memory again
 
 
 # Faults of the engine ----------------------------------------------------------------------------
@@ -376,7 +377,7 @@ def test_a_fault_of_the_engine_says_what_to_report(
     facts += "Card 0 of compute capability 90, CuPy 14.2.0, CUDA 13000, driver 13010"
     message = f"failed with KeyError: 'ComputeCapabilityMajor'.* widths {facts}.*{way_on}"
     with pytest.raises(RuntimeError, match=message) as caught:
-        run.bound(*arrays, "mean")() if only_bound else run(*arrays, "mean")
+        run.bound(*arrays)() if only_bound else run(*arrays)
     assert caught.value.__cause__ is error
 
 
@@ -391,7 +392,7 @@ def test_a_card_that_does_not_answer_hides_no_fault(card, monkeypatch):
     spec, arrays = placed(card, PROBLEM)
     message = r"TypeError: no such argument\. .* a card that does not answer \(an illegal memory"
     with pytest.raises(RuntimeError, match=message) as caught:
-        engine.prepare(spec, 7, "float32")(*arrays, "sum")
+        engine.prepare(spec, 7, "float32")(*arrays)
     assert caught.value.__cause__ is error
 
 
@@ -400,7 +401,7 @@ def test_what_the_user_can_mend_is_left_as_it_is(card, monkeypatch):
     monkeypatch.setattr(engine, "TIERS", (FaultyTier(card, error),))
     spec, arrays = placed(card, PROBLEM)
     with pytest.raises(ImportError) as caught:
-        engine.prepare(spec, 7, "float32")(*arrays, "sum")
+        engine.prepare(spec, 7, "float32")(*arrays)
     assert caught.value is error
 
 
@@ -410,11 +411,11 @@ def test_what_the_user_can_mend_is_left_as_it_is(card, monkeypatch):
 @pytest.mark.parametrize("order", ["C", "F"])  # written by the tier, and copied
 def test_gradients_are_written_to_out(card, monkeypatch, order):
     monkeypatch.setattr(engine, "TIERS", (Tier(card),))
-    spec, arrays = placed(card, PROBLEM)
+    spec, arrays = placed(card, PROBLEM, reduction="mean")
     out = [
         Layer(np.full_like(W, np.nan, order=order), np.full_like(b, np.nan)) for W, b in arrays[0]
     ]
-    results = engine.prepare(spec, 7, "float32")(*arrays, "mean", out)
+    results = engine.prepare(spec, 7, "float32")(*arrays, out)
     assert results[1] is out
     assert_right(results, reduction="mean")
 
@@ -452,9 +453,9 @@ class BoundRun:
 
 def bound_to(card, monkeypatch, tier, change=lambda arrays: arrays):
     monkeypatch.setattr(engine, "TIERS", (tier,))
-    spec, arrays = placed(card, FLOAT32)
+    spec, arrays = placed(card, FLOAT32, reduction="mean")
     arrays = change(arrays)
-    return arrays, engine.prepare(spec, 8, "float32").bound(*arrays, "mean")
+    return arrays, engine.prepare(spec, 8, "float32").bound(*arrays)
 
 
 def assert_follows_the_arrays(arrays, call):
@@ -497,7 +498,7 @@ def test_launches_are_made_up_where_X_lies(card, monkeypatch):
     tier = BindingTier(card)
     monkeypatch.setattr(engine, "TIERS", (tier,))
     spec, arrays = placed(card, FLOAT32, device_id=1)
-    engine.prepare(spec, 8, "float32").bound(*arrays, "mean")
+    engine.prepare(spec, 8, "float32").bound(*arrays)
     assert tier.bound_on == 1
 
 
@@ -509,7 +510,7 @@ def test_labels_that_kernels_do_not_read_are_cast_at_every_call(card, monkeypatc
     problem = make_problem(sizes=(3, 4, 2), n=8, loss="softmax_cross_entropy", dtype=np.float32)
     spec, (params, X, y, weight) = placed(card, problem)
     y = card.array(y.astype(dtype))
-    engine.prepare(spec, 8, "float32").bound(params, X, y, weight, "sum")()
+    engine.prepare(spec, 8, "float32").bound(params, X, y, weight)()
     assert tier.n_bound == n_bound
 
 

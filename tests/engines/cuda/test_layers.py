@@ -41,7 +41,7 @@ def derivation(problem, mean=False):
     params = [Layer(*layer) for layer in exact.params]
     spec, weight = spec_of(exact, np.float64), exact.options["sample_weight"]
     sums = backprop.loss_and_grad_sums(spec, params, exact.X, exact.y, weight)
-    return backprop.reduced(spec, sums, "mean" if mean else "sum")
+    return backprop.reduced(spec._replace(reduction="mean" if mean else "sum"), sums)
 
 
 # Shapes ------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def derivation(problem, dtype=np.float64, mean=False):
     layers = [Layer(W, b) for W, b in params]
     spec = specification(problem, dtype)
     sums = backprop.loss_and_grad_sums(spec, layers, X, y, options["sample_weight"])
-    return LossAndGrads(*backprop.reduced(spec, sums, "mean" if mean else "sum"))
+    return backprop.reduced(spec._replace(reduction="mean" if mean else "sum"), sums)
 
 
 def assert_results_close(got, expected):
