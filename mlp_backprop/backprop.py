@@ -56,8 +56,8 @@ def forward(spec: Spec, params: list[Layer], X: Array) -> tuple[list[Array], lis
     """Z_l and H_l of every layer."""
     Z, H = [X], [X]
     for (W, b), activation in zip(params, spec.activations, strict=True):
-        Z.append(H[-1] @ W.T + b)
-        H.append(activation.f(spec.xp, Z[-1]))
+        Z.append(H[-1] @ W.T + b)  # Z_l = H_{l-1} W_lᵀ + b_l
+        H.append(activation.f(spec.xp, Z[-1]))  # H_l = f_l(Z_l)
     return Z, H
 
 
@@ -66,10 +66,10 @@ def backward(
 ) -> Iterator[tuple[int, Array]]:
     """Yield (l, D_l) from the last layer to the first, given G = dE/dH_L; equation (3)."""
     for l in range(len(params), 0, -1):
-        D = G * spec.activations[l - 1].df(spec.xp, Z[l], H[l])
+        D = G * spec.activations[l - 1].df(spec.xp, Z[l], H[l])  # D_l = dE/dH_l ∘ f'_l(Z_l)
         yield l, D
         if l > 1:
-            G = D @ params[l - 1].W
+            G = D @ params[l - 1].W  # (3)
 
 
 def loss_and_output_grad(
@@ -89,7 +89,7 @@ def layer_grad_sums(spec: Spec, D: Array, H_below: Array) -> Layer:
     """Equations (1) and (2) for one layer, from D_l and H_{l-1}."""
     xp, wide = spec.xp, accumulator_dtype(spec)
     D, H_below = xp.astype(D, wide, copy=False), xp.astype(H_below, wide, copy=False)
-    return Layer(W=D.T @ H_below, b=xp.sum(D, axis=0))
+    return Layer(W=D.T @ H_below, b=xp.sum(D, axis=0))  # (1), (2)
 
 
 def loss_and_grad_sums(

@@ -1,4 +1,4 @@
-// Tier 4, wide nets: what lies between the products of the layers. cuda/layers.py calls it.
+// Tier 3, wide nets: what lies between the products of the layers. cuda/layers.py calls it.
 //
 //     activate       after H_{l-1} W_l^T of a hidden layer: H_l
 //     output         after that of the last layer: loss, D_L and its column sums

@@ -1,4 +1,4 @@
-"""Tier 4 of the CuPy engine, wide nets: layer by layer, products by cuBLASLt, all else in kernels.
+"""Tier 3 of the CuPy engine, wide nets: layer by layer, products by cuBLASLt, all else in kernels.
 
 A chunk of rows runs, in the letters of backprop.py and with the kernels of cuda/elements.cu,
 
