@@ -146,7 +146,8 @@ def forward(
     array([[11.5]])
     """
     spec, layers, X, *_ = validation.network(params, X, activation, backend)
-    return backprop.forward(spec, layers, X)[1][-1]
+    with choice.undisturbed(spec, X.shape[0]):
+        return backprop.forward(spec, layers, X)[1][-1]
 
 
 @public
@@ -185,10 +186,11 @@ def trace(
     spec, layers, X, y, weight = validation.problem(
         params, X, y, activation, loss, "sum", sample_weight, backend
     )
-    Z, H = backprop.forward(spec, layers, X)
-    values, G = backprop.loss_and_output_grad(spec, H[-1], y, weight)
-    deltas = dict(backprop.backward(spec, layers, Z, H, G))
-    D = [deltas[1] @ layers[0].W, *(deltas[l] for l in range(1, len(Z)))]
-    sums = [backprop.layer_grad_sums(spec, D[l], H[l - 1]) for l in range(1, len(Z))]
+    with choice.undisturbed(spec, X.shape[0]):
+        Z, H = backprop.forward(spec, layers, X)
+        values, G = backprop.loss_and_output_grad(spec, H[-1], y, weight)
+        deltas = dict(backprop.backward(spec, layers, Z, H, G))
+        D = [deltas[1] @ layers[0].W, *(deltas[l] for l in range(1, len(Z)))]
+        sums = [backprop.layer_grad_sums(spec, D[l], H[l - 1]) for l in range(1, len(Z))]
     grads = backprop.reduced(spec, backprop.Sums(spec.xp.sum(values), 1.0, sums), "sum").grads
     return Trace(Z, H, D, values, grads)

@@ -77,10 +77,11 @@ def jvp(
     net = validation.network(params, X, activation, backend)
     v = validation.like_params(v, "v", net, backend)
     blocks = []
-    for cut in row_blocks(net.spec.xp, net.X, row_numbers(net.spec)):
-        for step in tangents(net.spec, net.params, v, net.X[cut, :]):
-            dH = step.dH
-        blocks.append(dH)
+    with choice.undisturbed(net.spec, net.X.shape[0]):
+        for cut in row_blocks(net.spec.xp, net.X, row_numbers(net.spec)):
+            for step in tangents(net.spec, net.params, v, net.X[cut, :]):
+                dH = step.dH
+            blocks.append(dH)
     return joined(net.spec.xp, blocks)
 
 
@@ -130,7 +131,8 @@ def vjp(
     def sums(cut: slice) -> list[Layer]:
         return backprop.loss_and_grad_sums(spec, layers, X[cut, :], u[cut, :], None).grads
 
-    total = reduce(added, map(sums, row_blocks(spec.xp, X, row_numbers(spec))))
+    with choice.undisturbed(spec, X.shape[0]):
+        total = reduce(added, map(sums, row_blocks(spec.xp, X, row_numbers(spec))))
     return backprop.reduced(spec, Sums(0.0, 1.0, total), "sum").grads
 
 

@@ -12,9 +12,12 @@ in float64, which add up over blocks of rows. What no engine covers runs the
 derivation.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,8 @@ import numpy as np
 from mlp_backprop import backprop
 from mlp_backprop.backprop import Spec
 from mlp_backprop.edge.backends import library_name
-from mlp_backprop.engines import numpy_products, numpy_tiles
+from mlp_backprop.engines import numpy_products, numpy_tiles, threads
+from mlp_backprop.engines.schedule import SMALLEST_DIVIDED_PRODUCT
 from mlp_backprop.maths import samples, tangents
 from mlp_backprop.maths.row_blocks import added, part, row_blocks
 from mlp_backprop.maths.samples import Factors
@@ -100,8 +104,18 @@ def derivation(
     out: list[Layer] | None = None,
 ) -> LossAndGrads:
     """The derivation as a run: of every library that has no faster one."""
-    sums = backprop.loss_and_grad_sums(spec, params, X, y, weight)
+    with undisturbed(spec, X.shape[0]):
+        sums = backprop.loss_and_grad_sums(spec, params, X, y, weight)
     return backprop.reduced(spec, sums, reduction, out)
+
+
+def undisturbed(spec: Spec, rows: float = math.inf) -> AbstractContextManager[None]:
+    """For the derivation on NumPy's arrays: nobody holds BLAS while it forms products of so many
+    rows; those too small to be divided among threads need not wait for it."""
+    largest = rows * max((a + 1) * b for a, b in pairwise(spec.sizes))
+    if spec.xp is not np or largest <= SMALLEST_DIVIDED_PRODUCT:
+        return nullcontext()
+    return threads.blas_on_its_threads()
 
 
 def is_for_numpy(spec: Spec) -> bool:
@@ -126,8 +140,9 @@ def for_each_sweep(
         numpy_tiles.TiledRun(spec, X.shape[0]).for_each_sweep(params, X, y, weight, use)
         return
     row_numbers = spec.sizes[0] + 3 * sum(spec.sizes[1:])  # Z_l, H_l and D_l
-    for rows in row_blocks(spec.xp, X, row_numbers):
-        use(*samples.sweep(spec, params, X[rows, ...], y[rows, ...], part(weight, rows)))
+    with undisturbed(spec, X.shape[0]):
+        for rows in row_blocks(spec.xp, X, row_numbers):
+            use(*samples.sweep(spec, params, X[rows, ...], y[rows, ...], part(weight, rows)))
 
 
 def product_sums(
@@ -147,4 +162,5 @@ def product_sums(
         block = X[rows, :], y[rows, ...], part(weight, rows)
         return tangents.product_sums(spec, kind, params, v, *block)
 
-    return reduce(added, map(sums, row_blocks(spec.xp, X, tangents.row_numbers(spec))))
+    with undisturbed(spec):
+        return reduce(added, map(sums, row_blocks(spec.xp, X, tangents.row_numbers(spec))))
