@@ -112,8 +112,8 @@ class PreparedGrads:
     def __reduce__(self) -> Any:
         """In a pickle, what was prepared for, by names; the plan is made anew."""
         spec, *others = self._made_of
-        library, dtype = backends.library_name(spec.xp), dtype_name(spec.dtype)
-        return _prepared_anew, (library, spec.sizes, dtype, spec.loss.name, *others)
+        names = spec.xp.__name__, spec.sizes, dtype_name(spec.dtype), spec.loss.name
+        return _prepared_anew, (*names, *others)
 
     def bind(
         self, params: Params, X: Array, y: Array, sample_weight: Array | None = None
@@ -229,7 +229,7 @@ class PreparedGrads:
 
 
 def _prepared_anew(
-    library: str,
+    module: str,
     sizes: tuple[int, ...],
     dtype: str,
     loss: str,
@@ -237,7 +237,8 @@ def _prepared_anew(
     activation: str | Sequence[str],
     *others: Any,
 ) -> PreparedGrads:
-    xp = backends.namespace(library)
+    xp = backends.namespace_called(module)
     rows, loss_row = rules.table_rows(len(sizes) - 1, activation, loss, "sum")
-    own = np.dtype(dtype) if xp is np or library == "cupy" else getattr(xp, dtype)
+    own = getattr(xp, dtype)
+    own = np.dtype(own) if isinstance(own, type) else own  # NumPy's, and CuPy's
     return PreparedGrads(Spec(xp, sizes, own, rows, loss_row), n, activation, *others)

@@ -152,6 +152,11 @@ def namespace(name: str) -> Namespace:
     return xp
 
 
+def namespace_called(module: str) -> Namespace:
+    """The namespace of any library, by the name that it has itself: in a pickle, for example."""
+    return importlib.import_module(module)
+
+
 def _require_cuda_device(cupy: Any) -> None:
     try:
         found, detail = cupy.cuda.runtime.getDeviceCount() > 0, "the device count is 0"

@@ -67,15 +67,13 @@ class Pass:
         return partial(self._alone, own(*arrays))
 
     def _alone(self, run: Callable[..., LossAndGrads], *arguments: Any) -> LossAndGrads:
-        if not self._in_use.acquire(blocking=False):
+        if self._in_use.locked():
             raise RuntimeError(
                 "a prepared call is for one thread at a time, since it keeps its workspace: "
                 "prepare one for each thread, or call compute_grads"
             )
-        try:
+        with self._in_use:  # which Ctrl-C cannot leave locked
             return run(*arguments)
-        finally:
-            self._in_use.release()
 
 
 def plan(spec: Spec, n: int, backend: str | None, precision: str = "float32") -> Pass:
