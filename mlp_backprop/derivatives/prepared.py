@@ -91,6 +91,7 @@ class PreparedGrads:
         self._spec, self._n, self._reduction, self._backend = spec, n, reduction, backend
         self._kinds = Kinds(spec)
         self._run = choice.plan(spec, n, backend, precision)
+        self._last_out: tuple[list[int], list[Layer]] = ([], [])
         self._looks_at_y = spec.loss.targets != "real" and not self._run.checks_labels
         self._options: dict[str, Any] = {
             "activation": activation,
@@ -184,20 +185,33 @@ class PreparedGrads:
         out: Params | None = None,
     ) -> LossAndGrads:
         """Loss and gradients, as `compute_grads` gives them."""
-        given = params, X, y, sample_weight
+        given, seen = (params, X, y, sample_weight), None
         if self._kinds.fit(*given) and (out is None or self._kinds.fit_grads(out)):
             self._check_values(X, y, sample_weight)
-            return self._call(*given, out)
-        with self._on_stream(X):
-            return self._call(*self._checked(*given), out)
+            if out is not None:
+                seen = self._seen(out)
+            result = self._call(*given, seen)
+        else:
+            with self._on_stream(X):
+                checked = self._checked(*given)
+                if out is not None:
+                    seen = validation.check_out(out, self._spec)
+                result = self._call(*checked, seen)
+        if out is None:
+            return result
+        return LossAndGrads(result.loss, [Layer(W, b) for W, b in out])
 
     def _call(self, params: Any, X: Array, y: Array, weight: Any, out: Any) -> LossAndGrads:
         self._check_n(X)
-        if out is None:
-            return self._run(params, X, y, weight, self._reduction)
-        arrays = validation.check_out(out, self._spec)
-        loss, _ = self._run(params, X, y, weight, self._reduction, arrays)
-        return LossAndGrads(loss, [Layer(W, b) for W, b in out])
+        return self._run(params, X, y, weight, self._reduction, out)
+
+    def _seen(self, out: Params) -> list[Layer]:
+        """`out`, looked at unless its arrays are those of the last call, which are kept."""
+        ids, layers = self._last_out
+        if [*map(id, flat(out))] != ids:
+            layers = validation.check_out(out, self._spec)
+            self._last_out = [*map(id, flat(out))], layers
+        return layers
 
     def _on_stream(self, X: Array) -> Any:
         return backends.callers_stream([X], self._backend)

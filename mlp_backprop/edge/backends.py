@@ -269,3 +269,26 @@ def is_writeable(xp: Namespace, array: Array) -> bool:
     if xp is np:
         return bool(array.flags.writeable)
     return library_name(xp) != "jax"
+
+
+def share_memory(xp: Namespace, one: Array, other: Array) -> bool:
+    """Whether what is written to one array may be found in the other."""
+    if xp is not np:
+        one, other = _outline(one), _outline(other)
+    elif one.base is None and other.base is None:  # each has memory of its own: the usual case
+        return one is other
+    return bool(np.shares_memory(one, other))
+
+
+def _outline(array: Array) -> Array:
+    """A NumPy array where that one lies, on whatever device: to be compared and never read."""
+    if hasattr(array, "data_ptr"):  # torch's
+        itemsize = array.element_size()
+        pointer, strides = array.data_ptr(), tuple(itemsize * step for step in array.stride())
+    elif hasattr(array, "__cuda_array_interface__"):
+        itemsize, pointer, strides = array.itemsize, array.data.ptr, array.strides
+    else:
+        return np.from_dlpack(array)
+    outline = {"shape": tuple(array.shape), "strides": strides, "typestr": f"|V{itemsize}"}
+    interface = outline | {"data": (pointer, False), "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))

@@ -4,7 +4,7 @@ Nothing is computed, and nothing is copied to a device, before all of it is know
 maths behind this file never asks again.
 """
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 from mlp_backprop.backprop import Spec
@@ -145,6 +145,11 @@ def check_out(out: Params, spec: Spec) -> list[Layer]:
         raise ValueError(f"out must be a list of (W, b), {described(spec)}")
     if not all(backends.is_writeable(a.xp, a.array) for a in arrays):
         raise ValueError("out holds arrays that cannot be written to")
+    for one, other in combinations(arrays, 2):
+        if backends.share_memory(spec.xp, one.array, other.array):
+            raise ValueError(
+                f"{one.name} and {other.name} share memory: each gradient needs an array of its own"
+            )
     return [Layer(W.array, b.array) for W, b in layers]
 
 

@@ -7,6 +7,7 @@ import signal
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -589,6 +590,80 @@ def test_an_out_that_cannot_be_written_to():
     )
     for A, B in zip(flat(out), before, strict=True):
         assert_array_equal(A, B)
+
+
+OVERLAPS = {
+    "the same array twice": (
+        "W of layer 1 in out and W of layer 2",
+        lambda A: [(A[0], A[3]), (A[0], A[4])],
+    ),
+    "a row of W for b": (
+        "W of layer 1 in out and b of layer 1",
+        lambda A: [(A[0], A[0][1, :]), (A[1], A[4])],
+    ),
+    "a part of W": (
+        "b of layer 1 in out and b of layer 2",
+        lambda A: [(A[0], A[2][0, :]), (A[1], A[2][0, :])],
+    ),
+    "by one number": (
+        "b of layer 1 in out and b of layer 2",
+        lambda A: [(A[0], A[5][:5]), (A[1], A[5][4:9])],
+    ),
+}
+
+
+@pytest.mark.parametrize("container", [list, tuple])  # the short way through, and the long one
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_an_out_of_arrays_that_overlap(case, container, backend):
+    backend = writeable(backend)
+    problem = make_problem((5, 5, 5)).map(backend.array)
+    arrays = [backend.array(np.zeros(shape)) for shape in [(5, 5)] * 3 + [(5,)] * 2 + [(9,)]]
+    message, make = OVERLAPS[case]
+    grad_fn = prepare(problem)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{message} in out share memory: .* of its own"):
+            call(grad_fn, problem, out=container(make(arrays)))
+    assert not any(backend.numpy(A).any() for A in arrays)
+
+
+def test_an_out_of_interleaved_views_is_no_overlap(backend):
+    # As by columns of [W b]: each between the first and the last number of the other.
+    backend = writeable(backend)
+    problem = make_problem().map(backend.array)
+    stacks = [backend.array(np.zeros((W.shape[0], W.shape[1] + 1))) for W, _ in problem.params]
+    out = [(A[:, :-1], A[:, -1]) for A in stacks]
+    grad_fn = prepare(problem)
+    for _ in range(2):
+        assert_same_bits(call(grad_fn, problem, out=out), run(problem), backend.numpy)
+
+
+def test_another_out_in_the_same_list_is_looked_at_anew():
+    problem = make_problem((5, 5, 5))
+    grad_fn = prepare(problem)
+    out = [(np.empty((5, 5)), np.empty(5)) for _ in range(2)]
+    for _ in range(2):
+        assert_same_bits(call(grad_fn, problem, out=out), run(problem))
+    kept, out[1] = out[1], out[0]
+    with pytest.raises(ValueError, match="share memory"):
+        call(grad_fn, problem, out=out)
+    out[1] = kept
+    assert_same_bits(call(grad_fn, problem, out=out), run(problem))
+    kept[0].flags.writeable = False
+    with pytest.raises(ValueError, match="cannot be written"):
+        call(grad_fn, problem, out=out)
+
+
+def test_an_out_on_a_device_is_compared_by_its_addresses():
+    class OnDevice:
+        def __init__(self, array):
+            self.shape, self.strides, self.itemsize = array.shape, array.strides, array.itemsize
+            self.data = SimpleNamespace(ptr=array.ctypes.data)
+            self.__cuda_array_interface__ = {}
+
+    A = np.empty((4, 3), np.float32)
+    for one, other in [(A, A), (A[:, 1:], A[:, 1]), (A[1], A[:2]), (A[:, :-1], A[:, -1])]:
+        expected = np.shares_memory(one, other)
+        assert backends.share_memory("cupy", OnDevice(one), OnDevice(other)) == expected
 
 
 def test_jax_arrays_cannot_be_out():
