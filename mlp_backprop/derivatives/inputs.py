@@ -359,6 +359,11 @@ def _read_pairs(pairs: Any, width: int) -> list[tuple[int, int]]:
 
 
 def _column(k: Any, width: int) -> int:
+    # What is true or false would count as column 1 or 0.
+    if isinstance(k, bool) or str(getattr(k, "dtype", "")).endswith("bool"):
+        raise TypeError(
+            f"columns of X are named by integers, got {k!r}; of a mask, its flatnonzero"
+        )
     try:
         column = operator.index(k)
     except TypeError:
