@@ -97,6 +97,8 @@ def check_grads(
     problem = validation.problem(params, X, y, reduction=reduction, **options)
     if tolerance is None:
         tolerance = TOLERANCES[dtype_name(problem.spec.dtype)]
+    if isinstance(max_entries, bool) or not isinstance(max_entries, int) or max_entries < 1:
+        raise ValueError(f"max_entries must be an integer, 1 or more; got {max_entries!r}")
     rng = np.random.default_rng(rng)
     names = [against] if isinstance(against, str) else list(against)
     references = [table_row("reference", name, REFERENCES) for name in names]

@@ -51,7 +51,7 @@ def compute_grads(
     y : array
         Targets (n, d_L), of the same dtype. For "binary_cross_entropy" values in [0, 1]. For
         "softmax_cross_entropy" class indices (n,), integers, or weights per class (n, d_L),
-        which need not sum to 1.
+        not negative, which need not sum to 1.
     activation : str or sequence of str
         "identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu" or
         "gelu_tanh". One name is for every hidden layer, before an identity output; a sequence

@@ -92,7 +92,7 @@ class PreparedGrads:
         self._kinds = Kinds(spec)
         self._run = choice.plan(spec, n, backend, precision)
         self._last_out: tuple[list[int], list[Layer]] = ([], [])
-        self._looks_at_y = spec.loss.targets != "real" and not self._run.checks_labels
+        self._looks_at_y = spec.loss.targets != "real"
         self._options: dict[str, Any] = {
             "activation": activation,
             "loss": spec.loss.name,
@@ -221,14 +221,15 @@ class PreparedGrads:
             raise ValueError(f"prepared for up to {self._n} rows, X has {X.shape[0]}")
 
     def _check_values(self, X: Array, y: Array, weight: Array | None) -> None:
-        if weight is None and X.shape[0] > 0 and not self._looks_at_y:
+        looks_at_y = self._looks_at_y and not (y.ndim == 1 and self._run.checks_labels)
+        if weight is None and X.shape[0] > 0 and not looks_at_y:
             return
         xp, loss = self._spec.xp, self._spec.loss
         weights = None if weight is None else Argument("sample_weight", weight, xp)
         rules.check_weight_shape(weights, X.shape[0], self._reduction)
         if self._kinds.on_gpu:
             return
-        if self._looks_at_y:
+        if looks_at_y:
             rules.check_target_values(Argument("y", y, xp), loss, self._spec.sizes[-1])
         rules.check_weight_values(weights, self._reduction)
 

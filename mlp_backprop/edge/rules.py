@@ -143,13 +143,15 @@ def shape_of(argument: Argument) -> str:
 
 
 def check_target_values(y: Argument | None, loss: Loss, width: int) -> None:
-    """Class indices below the width, probabilities between 0 and 1; nan passes."""
+    """Class indices below the width, class weights and probabilities in range; nan passes."""
     if y is None:
         return
     if loss.targets == "class" and y.array.ndim == 1 and y.array.shape[0]:
         # A narrow integer type may not be able to hold the width it is compared with.
         limit = min(width - 1, y.xp.iinfo(y.array.dtype).max)
         _refuse(y, (y.array < 0) | (y.array > limit), f"class indices from 0 to {width - 1}")
+    if loss.targets == "class" and y.array.ndim == 2:
+        _refuse(y, y.array < 0, "weights per class that are not negative")
     if loss.targets == "probability":
         _refuse(y, (y.array < 0) | (y.array > 1), "probabilities from 0 to 1")
 

@@ -541,13 +541,23 @@ def test_labels_must_be_integers():
         call(prepare(problem), problem._replace(y=problem.y.astype(float)))
 
 
+@pytest.mark.parametrize("form", ["called", "bound"])
 @pytest.mark.parametrize("value", [-1e-9, 1.0000001, 2])
-def test_probabilities_out_of_range(value):
+def test_probabilities_out_of_range(value, form, engine_name):
     problem = make_problem(loss="binary_cross_entropy")
-    grad_fn = prepare(problem)
+    now = callable_as(form, prepare(problem, backend=engine_name), problem)
     problem.y[3, 1] = value
     with pytest.raises(ValueError, match=r"probabilities from 0 to 1, got .* at \[3, 1\]"):
-        call(grad_fn, problem)
+        now()
+
+
+@pytest.mark.parametrize("form", ["called", "bound"])
+def test_negative_class_weights(form, engine_name):
+    problem = make_problem(loss="softmax_cross_entropy", class_rows=True)
+    now = callable_as(form, prepare(problem, backend=engine_name), problem)
+    problem.y[3, 1] = -0.5
+    with pytest.raises(ValueError, match=r"weights per class .*, got -0\.5 at \[3, 1\]"):
+        now()
 
 
 def test_another_library():

@@ -140,6 +140,11 @@ REFUSED = {
         ValueError,
         r"from 0 to 1, got 2 at \[0, 0\]",
     ),
+    "negative class weight": (
+        CLASSES | {"y": put(np.ones((5, 3)), at=(2, 1), value=-0.25)},
+        ValueError,
+        r"y must hold weights per class that are not negative, got -0\.25 at \[2, 1\]",
+    ),
     "negative weight": (
         {"sample_weight": put(ONES, at=1, value=-2)},
         ValueError,
