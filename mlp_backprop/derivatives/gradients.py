@@ -87,7 +87,8 @@ def compute_grads(
     Raises
     ------
     TypeError
-        Arrays of different libraries or dtypes; anything that does not hold real numbers.
+        Arrays of different libraries or dtypes; anything that does not hold real numbers; arrays
+        inside grad, jvp or vmap of torch.func or JAX.
     ValueError
         Shapes that do not fit, unknown names, values out of range, different devices.
     ImportError

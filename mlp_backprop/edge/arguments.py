@@ -58,6 +58,12 @@ def read(name: str, value: object) -> Argument:
     weak = xp is None and isinstance(value, list | tuple | range | float | int)
     if xp is None or xp is np:
         return _read_numpy(name, value, weak)
+    transform = backends.transform_of(value)
+    if transform not in (None, backends.JIT):
+        raise TypeError(
+            f"{name} is inside {transform}, which does not see through this package: call it "
+            "outside; hvp, jacobian, per_sample_grads and others are the derivatives one needs"
+        )
     array = backends.as_plain(value)
     if backends.is_sparse(array):
         raise TypeError(f"{name} is sparse: pass {name}.to_dense()")
@@ -170,7 +176,7 @@ def common_home(arguments: list[Argument], backend: str | None) -> Home:
     if not devices:
         return Home(xp, None)
     _check_one_device(devices)
-    return Home(xp, next(iter(devices.values())))
+    return Home(xp, next((device for device in devices.values() if device is not None), None))
 
 
 def _inferred_namespace(strong: list[Argument]) -> Namespace:
@@ -220,7 +226,8 @@ def check_at_home(home: Home, arguments: list[Argument], backend: str | None) ->
 
 
 def _check_one_device(devices: dict[str, Any]) -> None:
-    first, *others = devices
+    # Inside jax.jit an array is nowhere yet.
+    first, *others = [name for name in devices if devices[name] is not None] or devices
     for other in others:
         if devices[other] != devices[first]:
             raise ValueError(

@@ -215,6 +215,20 @@ def as_plain(array: Array) -> Array:
     return array.long() if str(array.dtype) in _BARE_INTEGERS else array
 
 
+JIT = "jax.jit"
+
+
+def transform_of(array: object) -> str | None:
+    """The transform of functions inside which this is no array yet, but stands for one."""
+    if hasattr(array, "detach"):
+        functorch = importlib.import_module("torch")._C._functorch
+        inside = functorch.is_functorch_wrapped_tensor(array)
+        return "torch.func.grad, jvp or vmap" if inside else None
+    if not any(base.__name__ == "Tracer" for base in type(array).__mro__):
+        return None
+    return JIT if type(array).__name__ == "DynamicJaxprTracer" else "jax.grad, jvp or vmap"
+
+
 _BARE_INTEGERS = {"torch.uint16", "torch.uint32", "torch.uint64"}
 
 

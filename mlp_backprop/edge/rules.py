@@ -188,7 +188,13 @@ def check_precision(precision: object, home: Home, dtype: str) -> None:
 
 def _refuse(argument: Argument, bad: Array, expected: str) -> None:
     xp = argument.xp
-    if not bool(xp.any(bad)):
+    found = xp.any(bad)
+    if backends.transform_of(found) is not None:
+        raise TypeError(
+            f"{argument.name} must hold {expected}, and inside {backends.JIT} there are no values "
+            "to look at yet: call this outside of it"
+        )
+    if not bool(found):
         return
     where = tuple(int(i[0]) for i in xp.nonzero(bad))
     value = float(argument.array[where])
