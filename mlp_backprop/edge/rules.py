@@ -9,7 +9,7 @@ from typing import Any
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.backprop import Activations
 from mlp_backprop.edge import backends
-from mlp_backprop.edge.arguments import Argument, Home, table_row, type_name
+from mlp_backprop.edge.arguments import FLOATING, Argument, Home, table_row, type_name
 from mlp_backprop.losses import LOSSES, Loss
 from mlp_backprop.types import Array, Layer
 
@@ -42,10 +42,11 @@ def activation_rows(activation: object, n_layers: int) -> Activations:
     if isinstance(activation, str):
         hidden = table_row("activation", activation, ACTIVATIONS)
         return (hidden,) * (n_layers - 1) + (ACTIVATIONS["identity"],)
-    if not isinstance(activation, Sequence):
+    if not isinstance(activation, Sequence) or isinstance(activation, bytes):
+        ways = [way for way in ("decode", "tolist") if hasattr(activation, way)]
         raise TypeError(
             "activation must be a name or a sequence of names, one per layer, "
-            f"got {type_name(activation)}"
+            f"got {type_name(activation)}" + "".join(f": pass activation.{way}()" for way in ways)
         )
     if len(activation) != n_layers:
         raise ValueError(
@@ -177,6 +178,12 @@ def check_weight_values(weight: Argument | None, reduction: str) -> None:
 
 def check_precision(precision: object, home: Home, dtype: str) -> None:
     """A name of PRECISIONS; any but the default is for float32 on backend "cupy" alone."""
+    if isinstance(precision, str) and precision in {*FLOATING} - {*PRECISIONS}:
+        raise ValueError(
+            f"precision={precision!r}: everything is computed in the dtype of the parameters, here "
+            f"{dtype}; init_params(..., dtype={precision!r}) makes others. precision is for "
+            f"products of float32 on a GPU: {', '.join(PRECISIONS)}"
+        )
     table_row("precision", precision, PRECISIONS)
     library = backends.library_name(home.xp)
     if precision != "float32" and (library, dtype) != ("cupy", "float32"):
