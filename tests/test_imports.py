@@ -106,15 +106,16 @@ IMPORTS = {
     ),
     "engines.choice": (
         "backprop edge.backends engines.compiled.engine engines.cuda.engine "
-        "engines.numpy_products engines.numpy_tiles maths.row_blocks maths.samples "
-        "maths.tangents types",
+        "engines.numpy_products engines.numpy_tiles engines.schedule engines.threads "
+        "maths.row_blocks maths.samples maths.tangents types",
         "numpy",
     ),
     # derivatives
     "derivatives": ("", ""),
     "derivatives.gradients": ("backprop edge.calls edge.validation engines.choice types", ""),
     "derivatives.inputs": (
-        "backprop edge.arguments edge.calls edge.validation maths.jets maths.row_blocks types",
+        "backprop edge.arguments edge.calls edge.validation engines.choice maths.jets "
+        "maths.row_blocks types",
         "",
     ),
     "derivatives.per_sample": (
@@ -134,12 +135,13 @@ IMPORTS = {
     ),
     "derivatives.curvature": (
         "backprop derivatives.products edge.arguments edge.backends edge.calls "
-        "edge.validation maths.hessians maths.row_blocks maths.tangents nets.vectors types",
+        "edge.validation engines.choice maths.hessians maths.row_blocks maths.tangents "
+        "nets.vectors types",
         "numpy scipy",
     ),
     "derivatives.residuals": (
         "activations backprop derivatives.inputs edge.arguments edge.calls edge.validation "
-        "losses maths.jets maths.row_blocks types",
+        "engines.choice losses maths.jets maths.row_blocks types",
         "",
     ),
     # checks

@@ -13,7 +13,7 @@ from mlp_backprop.checks import derivatives
 from mlp_backprop.checks.derivatives import FAMILY, STEPS, sample_losses
 from mlp_backprop.derivatives.gradients import compute_grads
 from mlp_backprop.edge import backends, validation
-from mlp_backprop.edge.arguments import dtype_name, read_params, table_row
+from mlp_backprop.edge.arguments import dtype_name, generator, read_params, table_row
 from mlp_backprop.edge.calls import public
 from mlp_backprop.types import (
     ActivationNames,
@@ -107,7 +107,9 @@ def check_grads(
     problem = validation.problem(params, X, y, reduction=reduction, **options)
     if tolerance is None:
         tolerance = TOLERANCES[dtype_name(problem.spec.dtype)]
-    rng = np.random.default_rng(rng)
+    if isinstance(max_entries, bool) or not isinstance(max_entries, int) or max_entries < 1:
+        raise ValueError(f"max_entries must be an integer, 1 or more; got {max_entries!r}")
+    rng = generator(rng)
     names = [against] if isinstance(against, str) else list(against)
     references = [table_row("reference", name, REFERENCES) for name in names]
     if not references:

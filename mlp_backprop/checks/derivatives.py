@@ -142,18 +142,30 @@ def _host_rows(case: Case) -> Array:
 
 
 def _per_sample_grad_norms(case: Case) -> Iterator[Comparison]:
-    norms = per_sample.per_sample_grad_norms(case.params, case.X, case.y, **case.options)
-    yield case.numpy(norms), np.linalg.norm(_host_rows(case), axis=1)
+    got = case.numpy(per_sample.per_sample_grad_norms(case.params, case.X, case.y, **case.options))
+    norms = np.linalg.norm(_host_rows(case), axis=1)
+    # A norm whose square overflows is inf, and no error.
+    as_it_should = np.isinf(got) & _overflow(case, norms)
+    yield np.where(as_it_should, 0, got), np.where(as_it_should, 0, norms)
+
+
+def _overflow(case: Case, norms: Array) -> Array:
+    """Where the squares of norms leave the range of the dtype that they are summed in."""
+    spec = case.placed.spec
+    largest = float(spec.xp.finfo(backprop.accumulator_dtype(spec)).max)
+    return norms > (1 - 1e-3) * np.sqrt(largest)
 
 
 def _clipped_grads(case: Case) -> Iterator[Comparison]:
     rows = _host_rows(case)
     norms = np.linalg.norm(rows, axis=1)
-    max_norm = float(np.median(norms)) or 1.0
+    max_norm = float(np.median(norms)) if len(norms) else 0.0
+    max_norm = max_norm or 1.0
     _, grads = per_sample.clipped_grads(
         case.params, case.X, case.y, max_norm=max_norm, reduction="sum", **case.options
     )
     factors = np.minimum(1.0, max_norm / np.maximum(norms, max_norm))
+    factors[_overflow(case, norms)] = 0
     yield ravel_params(case.numpy_layers(grads)), factors @ rows
 
 

@@ -15,6 +15,7 @@ from mlp_backprop.edge import backends, validation
 from mlp_backprop.edge.arguments import Argument, dtype_name, table_row
 from mlp_backprop.edge.calls import public, quietly
 from mlp_backprop.edge.validation import Problem
+from mlp_backprop.engines import choice
 from mlp_backprop.maths import hessians, tangents
 from mlp_backprop.maths.row_blocks import joined, part, row_blocks
 from mlp_backprop.maths.tangents import KINDS
@@ -119,10 +120,11 @@ def _matrix(problem: Problem, *, gauss_newton: bool) -> Array:
             "hvp, ggnvp or linear_operator, which form no matrix"
         )
     total: list[Array] = []
-    for cut in row_blocks(spec.xp, X, row_numbers(spec)):
-        block = X[cut, :], y[cut, ...], part(weight, cut)
-        found = hessians.blocks(spec, layers, *block, gauss_newton)
-        total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+    with choice.undisturbed(spec):
+        for cut in row_blocks(spec.xp, X, row_numbers(spec)):
+            block = X[cut, :], y[cut, ...], part(weight, cut)
+            found = hessians.blocks(spec, layers, *block, gauss_newton)
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
     divisor = backprop.divisor(spec, backprop.weight_sum(spec, X, weight))
     return spec.xp.astype(assembled(spec, total) / divisor, spec.dtype, copy=False)
 
@@ -206,9 +208,10 @@ def _kernel(spec: Spec, params: list[Layer], X1: Array, X2: Array) -> Array:
     xp, deltas = spec.xp, spec.sizes[-1] * tangents.row_numbers(spec)
     cuts = list(row_blocks(xp, X2, deltas))
     strips = []
-    for cut in row_blocks(xp, X1, deltas):
-        parts = [hessians.kernel(spec, params, X1[cut, :], X2[other, :]) for other in cuts]
-        strips.append(xp.concat(parts, axis=2))
+    with choice.undisturbed(spec):
+        for cut in row_blocks(xp, X1, deltas):
+            pairs = [(X1[cut, :], X2[other, :]) for other in cuts]
+            strips.append(xp.concat([hessians.kernel(spec, params, *p) for p in pairs], axis=2))
     return joined(xp, strips)
 
 

@@ -62,7 +62,7 @@ def compute_grads(
     y : array
         Targets (n, d_L), of the same dtype. For "binary_cross_entropy" values in [0, 1]. For
         "softmax_cross_entropy" class indices (n,), integers, or weights per class (n, d_L),
-        which need not sum to 1.
+        not negative, which need not sum to 1.
     activation : str or sequence of str, optional
         "identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu" or
         "gelu_tanh". One name is for every hidden layer, before an identity output; a sequence
@@ -98,7 +98,8 @@ def compute_grads(
     Raises
     ------
     TypeError
-        Arrays of different libraries or dtypes; anything that does not hold real numbers.
+        Arrays of different libraries or dtypes; anything that does not hold real numbers; arrays
+        inside grad, jvp or vmap of torch.func or JAX.
     ValueError
         Shapes that do not fit, unknown names, values out of range, different devices.
     ImportError
@@ -157,8 +158,9 @@ def forward(
     >>> forward([([[1.0, 2.0]], [0.5])], [[3.0, 4.0]])
     array([[11.5]])
     """
-    spec, layers, X, *_ = validation.network(params, X, activation, backend)
-    return backprop.forward(spec, layers, X)[1][-1]
+    net = validation.network(params, X, activation, backend)
+    with choice.undisturbed(net.spec, net.X.shape[0]):
+        return backprop.forward(net.spec, net.params, net.X)[1][-1]
 
 
 @public
@@ -194,9 +196,13 @@ def trace(
     >>> steps.Z[1], steps.loss, steps.D[1], steps.grads[0].W
     (array([[7.]]), array([4.]), array([[4.]]), array([[12.]]))
     """
-    spec, layers, X, y, weight = validation.problem(
-        params, X, y, activation, loss, "sum", sample_weight, backend
-    )
+    problem = validation.problem(params, X, y, activation, loss, "sum", sample_weight, backend)
+    with choice.undisturbed(problem.spec, problem.X.shape[0]):
+        return _trace(problem)
+
+
+def _trace(problem: validation.Problem) -> Trace:
+    spec, layers, X, y, weight = problem
     Z, H = backprop.forward(spec, layers, X)
     values, G = backprop.loss_and_output_grad(spec, H[-1], y, weight)
     deltas = dict(backprop.backward(spec, layers, Z, H, G))

@@ -13,6 +13,7 @@ from mlp_backprop.edge import validation
 from mlp_backprop.edge.arguments import table_row, type_name
 from mlp_backprop.edge.calls import public
 from mlp_backprop.edge.validation import Problem
+from mlp_backprop.engines import choice
 from mlp_backprop.maths import jets
 from mlp_backprop.maths.row_blocks import joined, part, row_blocks
 from mlp_backprop.types import Array, ArrayLike, Layer, NetOptions, Params, SumOptions
@@ -64,11 +65,12 @@ def input_grads(
 def _input_grads(problem: Problem) -> Array:
     spec, layers, X, y, weight = problem
     xp, parts = spec.xp, []
-    for rows in row_blocks(xp, X, 2 * sum(spec.sizes)):
-        Z, H = backprop.forward(spec, layers, X[rows, ...])
-        _, G = backprop.loss_and_output_grad(spec, H[-1], y[rows, ...], part(weight, rows))
-        *_, (_, D) = backprop.backward(spec, layers, Z, H, G)
-        parts.append(D @ layers[0].W)
+    with choice.undisturbed(spec, X.shape[0]):
+        for rows in row_blocks(xp, X, 2 * sum(spec.sizes)):
+            Z, H = backprop.forward(spec, layers, X[rows, ...])
+            _, G = backprop.loss_and_output_grad(spec, H[-1], y[rows, ...], part(weight, rows))
+            *_, (_, D) = backprop.backward(spec, layers, Z, H, G)
+            parts.append(D @ layers[0].W)
     divisor = backprop.divisor(spec, backprop.weight_sum(spec, X, weight))
     return xp.astype(joined(xp, parts) / divisor, spec.dtype, copy=False)
 
@@ -141,12 +143,13 @@ def _params_jacobian(net: Problem) -> list[Layer]:
     """Not in blocks: the result is larger than all that the pass keeps."""
     spec, layers, X, *_ = net
     xp = spec.xp
-    Z, H = backprop.forward(spec, layers, X)
     E = jets.basis(xp, spec.sizes[-1], X)
     grads = []
-    for l, D in backprop.backward(spec, layers, Z, H, E):
-        D = xp.permute_dims(D, (1, 0, 2))
-        grads.append(Layer(W=D[..., None] * H[l - 1][:, None, None, :], b=D))
+    with choice.undisturbed(spec):
+        Z, H = backprop.forward(spec, layers, X)
+        for l, D in backprop.backward(spec, layers, Z, H, E):
+            D = xp.permute_dims(D, (1, 0, 2))
+            grads.append(Layer(W=D[..., None] * H[l - 1][:, None, None, :], b=D))
     return grads[::-1]
 
 
@@ -318,8 +321,9 @@ def _by_blocks(
     spec, layers, X, *_ = net
     row_numbers = 2 * sum(spec.sizes) + n_arrays * max(spec.sizes)
     parts = []
-    for rows in row_blocks(spec.xp, X, row_numbers):
-        parts.append(derivative(*backprop.forward(spec, layers, X[rows, ...])))
+    with choice.undisturbed(spec):
+        for rows in row_blocks(spec.xp, X, row_numbers):
+            parts.append(derivative(*backprop.forward(spec, layers, X[rows, ...])))
     return joined(spec.xp, parts)
 
 
@@ -347,6 +351,11 @@ def _read_pairs(pairs: Any, width: int) -> list[tuple[int, int]]:
 
 
 def _column(k: Any, width: int) -> int:
+    # What is true or false would count as column 1 or 0.
+    if isinstance(k, bool) or str(getattr(k, "dtype", "")).endswith("bool"):
+        raise TypeError(
+            f"columns of X are named by integers, got {k!r}; of a mask, its flatnonzero"
+        )
     try:
         column = operator.index(k)
     except TypeError:

@@ -79,8 +79,9 @@ def per_sample_grads(
     True
     """
     spec, *arrays = validation.problem(params, X, y, reduction="sum", **options)
-    factors = samples.sweep(spec, *arrays)[1]
-    return [samples.outer_product(spec.xp, D, H_below) for D, H_below in factors][::-1]
+    with choice.undisturbed(spec, arrays[1].shape[0]):
+        factors = samples.sweep(spec, *arrays)[1]
+        return [samples.outer_product(spec.xp, D, H_below) for D, H_below in factors][::-1]
 
 
 @public

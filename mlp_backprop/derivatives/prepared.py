@@ -107,7 +107,8 @@ class PreparedGrads:
         self._names = activation, spec.loss.name
         self._kinds = Kinds(spec)
         self._run = choice.plan(spec, n, backend, precision)
-        self._looks_at_y = spec.loss.targets != "real" and not self._run.checks_labels
+        self._last_out: tuple[list[int], list[Layer]] = ([], [])
+        self._looks_at_y = spec.loss.targets != "real"
         self._options: dict[str, Any] = {
             "activation": activation,
             "loss": spec.loss.name,
@@ -128,9 +129,8 @@ class PreparedGrads:
     def __reduce__(self) -> Any:
         """In a pickle, what was prepared for, by names; the plan is made anew."""
         spec, *others = self._made_of
-        library, dtype = backends.library_name(spec.xp), dtype_name(spec.dtype)
-        names = spec.loss.name, spec.reduction
-        return _prepared_anew, (library, spec.sizes, dtype, *names, *others)
+        names = dtype_name(spec.dtype), spec.loss.name, spec.reduction
+        return _prepared_anew, (spec.xp.__name__, spec.sizes, *names, *others)
 
     def bind(
         self,
@@ -211,20 +211,35 @@ class PreparedGrads:
         out: Params | None = None,
     ) -> LossAndGrads:
         """Loss and gradients, as `compute_grads` gives them."""
-        given = self._unwrapped(params), X, y, sample_weight
-        if self._kinds.fit(*given) and (out is None or self._kinds.fit_grads(out)):
+        given: Any = self._unwrapped(params), X, y, sample_weight
+        targets: Any = self._unwrapped(out)
+        seen = None
+        if self._kinds.fit(*given) and (out is None or self._kinds.fit_grads(targets)):
             self._check_values(X, y, sample_weight)
-            return self._call(*given, out)
-        with self._on_stream(X):
-            return self._call(*self._checked(*given), out)
+            if out is not None:
+                seen = self._seen(targets)
+            result = self._call(*given, out=seen)
+        else:
+            with self._on_stream(X):
+                checked = self._checked(*given)
+                if out is not None:
+                    seen = validation.check_out(targets, self._spec)
+                result = self._call(*checked, out=seen)
+        if out is None:
+            return result
+        return LossAndGrads(result.loss, [Layer(W, b) for W, b in targets])
 
     def _call(self, params: Any, X: Array, y: Array, weight: Any, out: Any) -> LossAndGrads:
         self._check_n(X)
-        if out is None:
-            return self._run(params, X, y, weight)
-        arrays = validation.check_out(out, self._spec)
-        loss, _ = self._run(params, X, y, weight, arrays)
-        return LossAndGrads(loss, [Layer(W, b) for W, b in out])
+        return self._run(params, X, y, weight, out)
+
+    def _seen(self, out: Any) -> list[Layer]:
+        """`out`, looked at unless its arrays are those of the last call, which are kept."""
+        ids, layers = self._last_out
+        if [*map(id, flat(out))] != ids:
+            layers = validation.check_out(out, self._spec)
+            self._last_out = [*map(id, flat(out))], layers
+        return layers
 
     def _unwrapped(self, params: Any) -> Any:
         """The parameters of a Net of the same names; another one is for the full checks."""
@@ -240,14 +255,15 @@ class PreparedGrads:
             raise ValueError(f"prepared for up to {self._n} rows, X has {X.shape[0]}")
 
     def _check_values(self, X: Array, y: Array, weight: Array | None) -> None:
-        if weight is None and X.shape[0] > 0 and not self._looks_at_y:
+        looks_at_y = self._looks_at_y and not (y.ndim == 1 and self._run.checks_labels)
+        if weight is None and X.shape[0] > 0 and not looks_at_y:
             return
         xp, loss = self._spec.xp, self._spec.loss
         weights = None if weight is None else Argument("sample_weight", weight, xp)
         rules.check_weight_shape(weights, X.shape[0], self._spec.reduction)
         if self._kinds.on_gpu:
             return
-        if self._looks_at_y:
+        if looks_at_y:
             rules.check_target_values(Argument("y", y, xp), loss, self._spec.sizes[-1])
         rules.check_weight_values(weights, self._spec.reduction)
 
@@ -262,9 +278,10 @@ class PreparedGrads:
 
 
 def _prepared_anew(
-    library: str, sizes: tuple[int, ...], dtype: str, loss: str, reduction: str, *others: Any
+    module: str, sizes: tuple[int, ...], dtype: str, loss: str, reduction: str, *others: Any
 ) -> PreparedGrads:
-    xp, (_, activation, *_) = backends.namespace(library), others
+    xp, (_, activation, *_) = backends.namespace_called(module), others
     rows, loss_row = rules.table_rows((), len(sizes) - 1, activation, loss, reduction)
-    own = np.dtype(dtype) if xp is np or library == "cupy" else getattr(xp, dtype)
+    own = getattr(xp, dtype)
+    own = np.dtype(own) if isinstance(own, type) else own  # NumPy's, and CuPy's
     return PreparedGrads(Spec(xp, sizes, own, rows, loss_row, reduction), *others)

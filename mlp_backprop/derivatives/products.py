@@ -82,10 +82,11 @@ def jvp(
     net = validation.network(params, X, **options)
     v = validation.like_params(v, "v", net, options.get("backend"))
     blocks = []
-    for cut in row_blocks(net.spec.xp, net.X, row_numbers(net.spec)):
-        for step in tangents(net.spec, net.params, v, net.X[cut, :]):
-            dH = step.dH
-        blocks.append(dH)
+    with choice.undisturbed(net.spec, net.X.shape[0]):
+        for cut in row_blocks(net.spec.xp, net.X, row_numbers(net.spec)):
+            for step in tangents(net.spec, net.params, v, net.X[cut, :]):
+                dH = step.dH
+            blocks.append(dH)
     return joined(net.spec.xp, blocks)
 
 
@@ -134,7 +135,8 @@ def vjp(
         block = net.X[rows, :], U[rows, :], None
         return backprop.loss_and_grad_sums(spec, net.params, *block).grads
 
-    total = reduce(added, map(sums, row_blocks(spec.xp, net.X, row_numbers(spec))))
+    with choice.undisturbed(spec, net.X.shape[0]):
+        total = reduce(added, map(sums, row_blocks(spec.xp, net.X, row_numbers(spec))))
     return backprop.reduced(spec, Sums(0.0, 1.0, total)).grads
 
 

@@ -18,6 +18,7 @@ from mlp_backprop.edge import validation
 from mlp_backprop.edge.arguments import read, type_name
 from mlp_backprop.edge.calls import on_stream_of_arguments, public, quietly
 from mlp_backprop.edge.validation import Problem
+from mlp_backprop.engines import choice
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.maths import jets
 from mlp_backprop.maths.row_blocks import added_losses, joined, part, row_blocks
@@ -99,7 +100,8 @@ def _sobolev_grads(problem: Problem, dy: Array, weight: float) -> LossAndGrads:
         )
         for rows in _blocks(spec, X, 2 * min(spec.sizes[0], spec.sizes[-1]))
     )
-    return _reduced(spec, sums, X, row_weight)
+    with choice.undisturbed(spec):
+        return _reduced(spec, sums, X, row_weight)
 
 
 def _sobolev_sums(
@@ -221,10 +223,11 @@ def _residual_grads(
     V, c = jets.basis(xp, n_in, X), _coefficients(spec, X, inputs)
     q = partial(jets.laplacian_square, xp, c=c)
 
-    @quietly  # but not around the residual, whose warnings are the caller's
+    @quietly  # but not around the residual: its warnings are the caller's, and so is its BLAS
     def jet(rows: slice) -> tuple[list[Array], list[Array], list[jets.Level]]:
-        Z, H = backprop.forward(spec, layers, X[rows, ...])
-        return Z, H, list(jets.levels(spec, layers, Z, H, V, q))
+        with choice.undisturbed(spec):
+            Z, H = backprop.forward(spec, layers, X[rows, ...])
+            return Z, H, list(jets.levels(spec, layers, Z, H, V, q))
 
     blocks, outputs = list(_blocks(spec, X, 2 * n_in + 2)), []
     for rows in blocks:
@@ -239,7 +242,8 @@ def _residual_grads(
     def block_sums(rows: slice) -> tuple[Array, list[Layer]]:
         Z, H, tape = last if rows is blocks[-1] else jet(rows)
         Gt = xp.permute_dims(GJ[rows, ...], (2, 0, 1))
-        grads = jets.grad_sums(spec, layers, Z, H, tape, G[rows, ...], Gt, part(Gs, rows), c)
+        with choice.undisturbed(spec):
+            grads = jets.grad_sums(spec, layers, Z, H, tape, G[rows, ...], Gt, part(Gs, rows), c)
         return xp.sum(values[rows]), grads
 
     return _reduced(spec, map(block_sums, blocks), X, weight)

@@ -7,8 +7,9 @@ hide a mistake or lose digits.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from numbers import Real
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -58,6 +59,12 @@ def read(name: str, value: object) -> Argument:
     weak = xp is None and isinstance(value, list | tuple | range | float | int)
     if xp is None or xp is np:
         return _read_numpy(name, value, weak)
+    transform = backends.transform_of(value)
+    if transform not in (None, backends.JIT):
+        raise TypeError(
+            f"{name} is inside {transform}, which does not see through this package: call it "
+            "outside; hvp, jacobian, per_sample_grads and others are the derivatives one needs"
+        )
     array = backends.as_plain(value)
     if backends.is_sparse(array):
         raise TypeError(f"{name} is sparse: pass {name}.to_dense()")
@@ -77,13 +84,28 @@ def _read_numpy(name: str, value: object, weak: bool) -> Argument:
             f"and equally many in each ({error})"
         ) from error
     if array.dtype.char not in "?bBhHiIlLqQefd":
-        came = f"{array.dtype} (from a {type(value).__name__})"
+        came = f"{array.dtype} (from a {type(value).__name__}){_way_to_numbers(name, value)}"
         raise _not_real(name, "float64, float32, float16", came)
     if array.dtype == bool:
         array = array.astype(np.uint8)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return Argument(name, array, np, weak)
+
+
+def _way_to_numbers(name: str, value: Any) -> str:
+    """What to do about a sparse matrix, or a table with a column that holds no numbers."""
+    if hasattr(value, "toarray"):
+        return f": pass {_letter(name)}.toarray()"
+    if not hasattr(value, "columns"):
+        return ""
+    for column in value.columns:
+        for item in np.asarray(value[column], object):
+            if item is None or type(item).__name__ == "NAType" or item != item:
+                return f": column {column!r} holds {item!r}; fill what is missing, or drop its rows"
+            if not isinstance(item, Real | np.bool):
+                return f": column {column!r} holds {item!r}; leave it out, or make numbers of it"
+    return f": its columns are of several kinds; pass {_letter(name)}.astype('float64')"
 
 
 def _not_real(name: str, floating: str, dtype: str) -> TypeError:
@@ -110,6 +132,7 @@ def read_params(params: Any, name: str = "params") -> list[Layer]:
             raise TypeError(
                 f"layer {l}{of} must be a pair (W, b), got {type_name(pair)}"
                 + (f" of length {len(pair)}" if isinstance(pair, Sequence) else "")
+                + (f"; of W, b, W, b, ... in one list: {_PAIRS}" if hasattr(pair, "shape") else "")
             )
         W, b = pair
         if W is None or b is None:
@@ -117,6 +140,9 @@ def read_params(params: Any, name: str = "params") -> list[Layer]:
             raise TypeError(f"layer {l}{of} has no {missing}: pass zeros for none")
         layers.append(Layer(read(f"W of layer {l}{of}", W), read(f"b of layer {l}{of}", b)))
     return layers
+
+
+_PAIRS = "list(zip(flat[::2], flat[1::2]))"
 
 
 def _module_hint(params: object) -> str:
@@ -172,7 +198,7 @@ def common_home(arguments: list[Argument], backend: str | None) -> Home:
     if not devices:
         return Home(xp, None)
     _check_one_device(devices)
-    return Home(xp, next(iter(devices.values())))
+    return Home(xp, next((device for device in devices.values() if device is not None), None))
 
 
 def _inferred_namespace(strong: list[Argument]) -> Namespace:
@@ -203,7 +229,9 @@ def _check_own_or_numpy(xp: Namespace, backend: str, strong: list[Argument]) -> 
         if argument.xp is not xp and argument.xp is not np:
             library = backends.library_name(argument.xp)
             known = backends.BACKENDS.get(library)
-            hint = f"; convert it: {known.copy.format(array='a')}" if known else ""
+            hint = (
+                f"; convert it: {known.copy.format(array=_letter(argument.name))}" if known else ""
+            )
             raise TypeError(
                 f"{argument.name} is a {library} array, and backend={backend!r} takes NumPy "
                 f"arrays and its own: nothing is copied from a device silently{hint}"
@@ -222,7 +250,8 @@ def check_at_home(home: Home, arguments: list[Argument], backend: str | None) ->
 
 
 def _check_one_device(devices: dict[str, Any]) -> None:
-    first, *others = devices
+    # Inside jax.jit an array is nowhere yet.
+    first, *others = [name for name in devices if devices[name] is not None] or devices
     for other in others:
         if devices[other] != devices[first]:
             raise ValueError(
@@ -268,18 +297,41 @@ def check_dtype_of(home: Home, dtype: DType) -> str:
     return name
 
 
-def check_same_dtype(data: list[Argument], dtype: str) -> None:
+def check_same_dtype(
+    data: list[Argument], dtype: str, layers: Iterable[tuple[Argument, Argument]] = ()
+) -> None:
     """Floating data must have the parameters' dtype; integers and lists are converted."""
-    for argument in data:
-        if argument.is_floating and not argument.weak:
-            if dtype_name(argument.array.dtype) != dtype:
-                raise _mixed_dtypes(argument, dtype, "the parameters")
+    floating = [a for a in data if a.is_floating and not a.weak]
+    params, theirs = flat(layers), {dtype_name(a.array.dtype) for a in floating}
+    owner, fix = "the parameters", ""
+    if params and not any(a.is_floating and not a.weak for a in params):
+        owner = "the parameters, lists or integers that count as"
+    if params and len(theirs) == 1:  # then the parameters are the odd ones
+        fix = f"; or have parameters of {min(theirs)}, init_params(..., dtype='{min(theirs)}')"
+    for argument in floating:
+        if dtype_name(argument.array.dtype) != dtype:
+            raise _mixed_dtypes(argument, dtype, owner, fix)
 
 
-def _mixed_dtypes(argument: Argument, dtype: str, owner: str) -> TypeError:
+def _mixed_dtypes(argument: Argument, dtype: str, owner: str, fix: str = "") -> TypeError:
     row = backends.BACKENDS.get(backends.library_name(argument.xp))
     cast = row.cast if row else "xp.astype({array}, xp.{dtype})"
     return TypeError(
         f"{argument.name} has dtype {dtype_name(argument.array.dtype)}, {owner} {dtype}: "
-        f"cast it, {cast.format(array='a', dtype=dtype)}"
+        f"cast it, {cast.format(array=_letter(argument.name), dtype=dtype)}{fix}"
     )
+
+
+def _letter(name: str) -> str:
+    """Its name in code: 'W' for 'W of layer 1'."""
+    return name.partition(" ")[0]
+
+
+def generator(rng: object) -> np.random.Generator:
+    """numpy.random.default_rng, which says of a word that it is no entropy."""
+    try:
+        return np.random.default_rng(rng)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(
+            f"rng must be a numpy.random.Generator, an integer or None, got {rng!r}"
+        ) from error

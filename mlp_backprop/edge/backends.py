@@ -152,6 +152,11 @@ def namespace(name: str) -> Namespace:
     return xp
 
 
+def namespace_called(module: str) -> Namespace:
+    """The namespace of any library, by the name that it has itself: in a pickle, for example."""
+    return importlib.import_module(module)
+
+
 def _require_cuda_device(cupy: Any) -> None:
     try:
         found, detail = cupy.cuda.runtime.getDeviceCount() > 0, "the device count is 0"
@@ -210,6 +215,20 @@ def as_plain(array: Array) -> Array:
     return array.long() if str(array.dtype) in _BARE_INTEGERS else array
 
 
+JIT = "jax.jit"
+
+
+def transform_of(array: object) -> str | None:
+    """The transform of functions inside which this is no array yet, but stands for one."""
+    if hasattr(array, "detach"):
+        functorch = importlib.import_module("torch")._C._functorch
+        inside = functorch.is_functorch_wrapped_tensor(array)
+        return "torch.func.grad, jvp or vmap" if inside else None
+    if not any(base.__name__ == "Tracer" for base in type(array).__mro__):
+        return None
+    return JIT if type(array).__name__ == "DynamicJaxprTracer" else "jax.grad, jvp or vmap"
+
+
 _BARE_INTEGERS = {"torch.uint16", "torch.uint32", "torch.uint64"}
 
 
@@ -264,3 +283,26 @@ def is_writeable(xp: Namespace, array: Array) -> bool:
     if xp is np:
         return bool(array.flags.writeable)
     return library_name(xp) != "jax"
+
+
+def share_memory(xp: Namespace, one: Array, other: Array) -> bool:
+    """Whether what is written to one array may be found in the other."""
+    if xp is not np:
+        one, other = _outline(one), _outline(other)
+    elif one.base is None and other.base is None:  # each has memory of its own: the usual case
+        return one is other
+    return bool(np.shares_memory(one, other))
+
+
+def _outline(array: Array) -> Array:
+    """A NumPy array where that one lies, on whatever device: to be compared and never read."""
+    if hasattr(array, "data_ptr"):  # torch's
+        itemsize = array.element_size()
+        pointer, strides = array.data_ptr(), tuple(itemsize * step for step in array.stride())
+    elif hasattr(array, "__cuda_array_interface__"):
+        itemsize, pointer, strides = array.itemsize, array.data.ptr, array.strides
+    else:
+        return np.from_dlpack(array)
+    outline = {"shape": tuple(array.shape), "strides": strides, "typestr": f"|V{itemsize}"}
+    interface = outline | {"data": (pointer, False), "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))

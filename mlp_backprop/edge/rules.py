@@ -9,7 +9,7 @@ from typing import Any
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.backprop import Activations
 from mlp_backprop.edge import backends
-from mlp_backprop.edge.arguments import Argument, Home, table_row, type_name
+from mlp_backprop.edge.arguments import FLOATING, Argument, Home, table_row, type_name
 from mlp_backprop.losses import LOSSES, Loss
 from mlp_backprop.types import Array, Layer, Net
 
@@ -57,10 +57,11 @@ def activation_rows(activation: object, n_layers: int) -> Activations:
     if isinstance(activation, str):
         hidden = table_row("activation", activation, ACTIVATIONS)
         return (hidden,) * (n_layers - 1) + (ACTIVATIONS["identity"],)
-    if not isinstance(activation, Sequence):
+    if not isinstance(activation, Sequence) or isinstance(activation, bytes):
+        ways = [way for way in ("decode", "tolist") if hasattr(activation, way)]
         raise TypeError(
             "activation must be a name or a sequence of names, one per layer, "
-            f"got {type_name(activation)}"
+            f"got {type_name(activation)}" + "".join(f": pass activation.{way}()" for way in ways)
         )
     if len(activation) != n_layers:
         raise ValueError(
@@ -158,13 +159,15 @@ def shape_of(argument: Argument) -> str:
 
 
 def check_target_values(y: Argument | None, loss: Loss, width: int) -> None:
-    """Class indices below the width, probabilities between 0 and 1; nan passes."""
+    """Class indices below the width, class weights and probabilities in range; nan passes."""
     if y is None:
         return
     if loss.targets == "class" and y.array.ndim == 1 and y.array.shape[0]:
         # A narrow integer type may not be able to hold the width it is compared with.
         limit = min(width - 1, y.xp.iinfo(y.array.dtype).max)
         _refuse(y, (y.array < 0) | (y.array > limit), f"class indices from 0 to {width - 1}")
+    if loss.targets == "class" and y.array.ndim == 2:
+        _refuse(y, y.array < 0, "weights per class that are not negative")
     if loss.targets == "probability":
         _refuse(y, (y.array < 0) | (y.array > 1), "probabilities from 0 to 1")
 
@@ -190,6 +193,12 @@ def check_weight_values(weight: Argument | None, reduction: str) -> None:
 
 def check_precision(precision: object, home: Home, dtype: str) -> None:
     """A name of PRECISIONS; any but the default is for float32 on backend "cupy" alone."""
+    if isinstance(precision, str) and precision in {*FLOATING} - {*PRECISIONS}:
+        raise ValueError(
+            f"precision={precision!r}: everything is computed in the dtype of the parameters, here "
+            f"{dtype}; init_params(..., dtype={precision!r}) makes others. precision is for "
+            f"products of float32 on a GPU: {', '.join(PRECISIONS)}"
+        )
     table_row("precision", precision, PRECISIONS)
     library = backends.library_name(home.xp)
     if precision != "float32" and (library, dtype) != ("cupy", "float32"):
@@ -201,7 +210,13 @@ def check_precision(precision: object, home: Home, dtype: str) -> None:
 
 def _refuse(argument: Argument, bad: Array, expected: str) -> None:
     xp = argument.xp
-    if not bool(xp.any(bad)):
+    found = xp.any(bad)
+    if backends.transform_of(found) is not None:
+        raise TypeError(
+            f"{argument.name} must hold {expected}, and inside {backends.JIT} there are no values "
+            "to look at yet: call this outside of it"
+        )
+    if not bool(found):
         return
     where = tuple(int(i[0]) for i in xp.nonzero(bad))
     value = float(argument.array[where])

@@ -4,7 +4,7 @@ Nothing is computed, and nothing is copied to a device, before all of it is know
 maths behind this file never asks again.
 """
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 from mlp_backprop.backprop import Spec
@@ -95,7 +95,7 @@ def problem(
     n = check_inputs(inputs, sizes[0])
     labels = targets is not None and check_target_shape(targets, loss_row, n, sizes[-1])
     dtype = common_dtype(layers, home)
-    check_same_dtype([a for a in data if not (labels and a is targets)], dtype)
+    check_same_dtype([a for a in data if not (labels and a is targets)], dtype, layers)
     check_precision(precision, home, dtype)
     check_weight_shape(weight, n, reduction)
     if look_at_values:
@@ -137,12 +137,22 @@ def check_out(out: Params, spec: Spec) -> list[Layer]:
     layers = read_params(out, "out")
     arrays = flat(layers)
     shapes = flat(((n_out, n_in), (n_out,)) for n_in, n_out in pairwise(spec.sizes))
-    if [tuple(a.array.shape) for a in arrays] != shapes or any(
-        a.weak or a.xp is not spec.xp or a.array.dtype != spec.dtype for a in arrays
-    ):
-        raise ValueError(f"out must be a list of (W, b), {described(spec)}")
+    expected = f"out must be a list of (W, b), {described(spec)}"
+    if len(arrays) != len(shapes):
+        raise ValueError(f"{expected}; got {len(layers)} layers")
+    for a, shape in zip(arrays, shapes, strict=True):
+        kind = tuple(a.array.shape), a.xp, a.array.dtype, a.weak
+        if kind != (shape, spec.xp, spec.dtype, False):
+            came = "list" if a.weak else f"{backends.library_name(a.xp)} array"
+            dtype = dtype_name(a.array.dtype)
+            raise ValueError(f"{expected}; {a.name} is a {came} of {dtype}, {shape_of(a)}")
     if not all(backends.is_writeable(a.xp, a.array) for a in arrays):
         raise ValueError("out holds arrays that cannot be written to")
+    for one, other in combinations(arrays, 2):
+        if backends.share_memory(spec.xp, one.array, other.array):
+            raise ValueError(
+                f"{one.name} and {other.name} share memory: each gradient needs an array of its own"
+            )
     return [Layer(W.array, b.array) for W, b in layers]
 
 

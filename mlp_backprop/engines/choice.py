@@ -13,9 +13,12 @@ keep. What no engine covers runs the derivation. A run may have
     sums(params, X, y, weight)                in float64, to be added up over blocks of rows
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,8 @@ import numpy as np
 from mlp_backprop import backprop
 from mlp_backprop.backprop import Spec
 from mlp_backprop.edge.backends import library_name
-from mlp_backprop.engines import numpy_products, numpy_tiles
+from mlp_backprop.engines import numpy_products, numpy_tiles, threads
+from mlp_backprop.engines.schedule import SMALLEST_DIVIDED_PRODUCT
 from mlp_backprop.maths import samples, tangents
 from mlp_backprop.maths.row_blocks import added, part, row_blocks
 from mlp_backprop.maths.samples import Factors
@@ -53,15 +57,13 @@ class Pass:
         return partial(self._alone, own(*arguments, constant_X))
 
     def _alone(self, run: Callable[..., LossAndGrads], *arguments: Any) -> LossAndGrads:
-        if not self._in_use.acquire(blocking=False):
+        if self._in_use.locked():
             raise RuntimeError(
                 "a prepared call is for one thread at a time, since it keeps its workspace: "
                 "prepare one for each thread, or call compute_grads"
             )
-        try:
+        with self._in_use:  # which Ctrl-C cannot leave locked
             return run(*arguments)
-        finally:
-            self._in_use.release()
 
 
 def plan(spec: Spec, n: int, backend: str | None, precision: str = "float32") -> Pass:
@@ -89,8 +91,18 @@ def derivation(
     out: list[Layer] | None = None,
 ) -> LossAndGrads:
     """The derivation as a run: of every library that has no faster one."""
-    sums = backprop.loss_and_grad_sums(spec, params, X, y, weight)
+    with undisturbed(spec, X.shape[0]):
+        sums = backprop.loss_and_grad_sums(spec, params, X, y, weight)
     return backprop.reduced(spec, sums, out)
+
+
+def undisturbed(spec: Spec, rows: float = math.inf) -> AbstractContextManager[None]:
+    """For the derivation on NumPy's arrays: nobody holds BLAS while it forms products of so many
+    rows; those too small to be divided among threads need not wait for it."""
+    largest = rows * max((a + 1) * b for a, b in pairwise(spec.sizes))
+    if spec.xp is not np or largest <= SMALLEST_DIVIDED_PRODUCT:
+        return nullcontext()
+    return threads.blas_on_its_threads()
 
 
 def is_for_numpy(spec: Spec) -> bool:
@@ -115,8 +127,9 @@ def for_each_sweep(
         numpy_tiles.TiledRun(spec, X.shape[0]).for_each_sweep(params, X, y, weight, use)
         return
     row_numbers = spec.sizes[0] + 3 * sum(spec.sizes[1:])  # Z_l, H_l and D_l
-    for rows in row_blocks(spec.xp, X, row_numbers):
-        use(*samples.sweep(spec, params, X[rows, ...], y[rows, ...], part(weight, rows)))
+    with undisturbed(spec, X.shape[0]):
+        for rows in row_blocks(spec.xp, X, row_numbers):
+            use(*samples.sweep(spec, params, X[rows, ...], y[rows, ...], part(weight, rows)))
 
 
 def product_sums(
@@ -136,4 +149,5 @@ def product_sums(
         block = X[rows, :], y[rows, ...], part(weight, rows)
         return tangents.product_sums(spec, kind, params, v, *block)
 
-    return reduce(added, map(sums, row_blocks(spec.xp, X, tangents.row_numbers(spec))))
+    with undisturbed(spec):
+        return reduce(added, map(sums, row_blocks(spec.xp, X, tangents.row_numbers(spec))))

@@ -13,6 +13,7 @@ nets and short passes are left to BLAS's threads, as in numpy_tiles.py.
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from itertools import pairwise
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from mlp_backprop.engines.schedule import (
     SECONDS_PER_ELEMENT,
     SECONDS_PER_FLOP,
     SHORT_PASS,
+    SMALLEST_DIVIDED_PRODUCT,
     VIEW_WIDTH,
     WIDE_TILE_BYTES,
     WIDE_WEIGHTS,
@@ -134,7 +136,8 @@ def product_sums(
     run = ProductRun(spec, kind, params, v)
     rows, with_threads = cut(spec, len(X))
     if rows >= len(X):
-        return run(X, y, weight)
+        with blas(spec, rows, with_threads):
+            return run(X, y, weight)
     starts = range(0, len(X), rows)
     shares = [starts[i::MAX_SHARES] for i in range(min(MAX_SHARES, len(starts)))]
     totals: list[list[Layer]] = [[] for _ in shares]
@@ -146,11 +149,9 @@ def product_sums(
             sums = run(X[part], y[part], None if weight is None else weight[part])
             totals[share] = added(totals[share], sums) if totals[share] else sums
 
-    if not with_threads:
-        threads.run_chunks(run_share, len(shares), 1)
-    else:
-        with threads.blas_on_one_thread():
-            threads.run_chunks(run_share, len(shares), threads.thread_count())
+    with blas(spec, rows, with_threads):
+        n_workers = threads.thread_count() if with_threads else 1
+        threads.run_chunks(run_share, len(shares), n_workers)
     return reduce(added, totals)
 
 
@@ -167,6 +168,17 @@ def cut(spec: Spec, n: int) -> tuple[int, bool]:
         n_tiles = max(n_tiles, MAX_SHARES)
     n_tiles = max(1, min(n_tiles, n // LEAST_ROWS))
     return -(-n // n_tiles), worth and threads.can_limit_blas()
+
+
+def blas(spec: Spec, rows: int, with_threads: bool) -> AbstractContextManager[None]:
+    """BLAS on one thread if others work beside; on its own for what it divides among them."""
+    if with_threads:
+        return threads.blas_on_one_thread()
+    # The largest product has the rows of [V c W] and the columns of [H; 1; dH].
+    divides = (
+        rows * max(2 * (a + 1) * b for a, b in pairwise(spec.sizes)) > SMALLEST_DIVIDED_PRODUCT
+    )
+    return threads.blas_on_its_threads() if divides else nullcontext()
 
 
 class ProductRun:

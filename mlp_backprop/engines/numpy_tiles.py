@@ -176,7 +176,9 @@ class TiledRun:
         return Sums(loss, weight_sum, sums.layers)
 
     def _blas(self) -> AbstractContextManager[None]:
-        return threads.blas_on_one_thread() if self.schedule.holds_blas else nullcontext()
+        if self.schedule.holds_blas:
+            return threads.blas_on_one_thread()
+        return threads.blas_on_its_threads() if self.schedule.blas_threads else nullcontext()
 
     def _pack(self, params: list[Layer]) -> None:
         """[W_l b_l] in one array, negated where the activation wants -Z."""

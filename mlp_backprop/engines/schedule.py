@@ -50,6 +50,7 @@ class Schedule(NamedTuple):
     chunk_rows: int  # whole tiles
     copies_X: bool
     holds_blas: bool
+    blas_threads: bool
     tile_threads: bool
 
 
@@ -67,19 +68,21 @@ def make_schedule(spec: Spec, n: int, itemsize: int) -> Schedule:
     else:
         tile_rows = _within(TILE_ROWS, TILE_BYTES // row_bytes)
     large_products = min(n, tile_rows) * max(products) > SHARED_PRODUCT
-    blas_threads = wide or (large_products and seconds < SHORT_PASS)
-    tile_threads = not blas_threads and seconds > WORTH_THREADS
+    left_to_blas = wide or (large_products and seconds < SHORT_PASS)
+    tile_threads = not left_to_blas and seconds > WORTH_THREADS
     if tile_threads:
         tile_rows = min(tile_rows, max(TILE_ROWS[0], -(-n // TILES_TO_SHARE)))
     tile_rows = max(1, min(tile_rows, n))
 
     n_tiles = max(1, -(-n // tile_rows))
     n_chunks = min(MAX_CHUNKS, CHUNK_BYTES // (8 * sum(products))) if tile_threads else 1
+    divided = tile_rows * max(products) > SMALLEST_DIVIDED_PRODUCT
     return Schedule(
         tile_rows=tile_rows,
         chunk_rows=-(-n_tiles // n_chunks) * tile_rows,
         copies_X=sizes[0] < VIEW_WIDTH,
-        holds_blas=not blas_threads and tile_rows * max(products) > SMALLEST_DIVIDED_PRODUCT,
+        holds_blas=divided and not left_to_blas,
+        blas_threads=divided and left_to_blas,
         tile_threads=tile_threads,
     )
 

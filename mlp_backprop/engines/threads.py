@@ -1,17 +1,19 @@
-"""Threads for engines that walk blocks of rows: one shared pool, and BLAS held to one thread.
+"""Threads for engines that walk blocks of rows: one shared pool, and who may use BLAS's threads.
 
 The work is cut into chunks by its shape alone; threads only decide who takes which chunk, so that
 no setting changes a bit of the result. The calling thread works too: calls from many threads at
 once make progress without waiting for the pool.
 """
 
+import math
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
+from itertools import takewhile
 from typing import Any
 
 # How many threads a call may use, its own included; read at every call.
@@ -94,38 +96,78 @@ def _shared_pool() -> ThreadPoolExecutor:
         return _pool
 
 
-# The limit on BLAS is one for the process and knows who needs it: two callers that each set and
-# restored it could undo one another, or leave BLAS on one thread for good.
-_limit_users: set[object] = set()
-_limits_before: dict[Any, int] = {}
+# The limit on BLAS is one for the process, and the bits of a large product depend on it. So those
+# who want BLAS on one thread, and those who leave products to its threads, take turns, in the order
+# in which they came; any number who want the same are inside at a time. By thread, what it wants:
+_turn = threading.Condition()
+_waiting: dict[int, float] = {}
+_inside: dict[int, float] = {}
+_limited: dict[Any, tuple[int, int]] = {}  # BLAS libraries: the limit that was set, and before
+
+
+def blas_on_one_thread() -> AbstractContextManager[None]:
+    """Hold BLAS to one thread; without threadpoolctl, do nothing."""
+    return _blas_limited(1)
+
+
+def blas_on_its_threads() -> AbstractContextManager[None]:
+    """Leave products to BLAS's threads, but to no more than a call may use."""
+    return _blas_limited(thread_count() if VARIABLE in os.environ else math.inf)
 
 
 @contextmanager
-def blas_on_one_thread() -> Iterator[None]:
-    """Hold BLAS to one thread, as long as anybody needs it; without threadpoolctl, do nothing."""
-    user = object()
+def _blas_limited(limit: float) -> Iterator[None]:
+    me = threading.get_ident()
+    outer = _inside.get(me)  # of a call that this one interrupts, in a handler of a signal
+    if outer == limit or not _blas_libraries():
+        yield
+        return
     try:
-        with _lock:
-            _limit_users.add(user)
-            for library in _blas_libraries():
-                _limits_before.setdefault(library, library.get_num_threads())
-                _set_blas_threads(library, 1)
+        if outer is not None:
+            _leave(me)
+        _enter(me, limit)
         yield
     finally:
-        _to_the_end(partial(_leave_limit, user))
+        _to_the_end(partial(_leave, me))
+        if outer is not None:
+            _enter(me, outer)
 
 
-def _leave_limit(user: object) -> None:
-    with _lock:
-        _limit_users.discard(user)
-        if not _limit_users:
+def _enter(me: int, limit: float) -> None:
+    with _turn:
+        if _waiting or _inside:
+            _waiting[me] = limit
+            _turn.wait_for(partial(_may_enter, me, limit))
+            del _waiting[me]
+        _inside[me] = limit
+        for library in _blas_libraries() if limit < math.inf else ():
+            n_threads = library.get_num_threads()
+            if n_threads > limit:
+                _limited.setdefault(library, (int(limit), n_threads))
+                _set_blas_threads(library, int(limit))
+
+
+def _may_enter(me: int, limit: float) -> bool:
+    """Whether all inside, and all who came before, want the same."""
+    before = takewhile(lambda other: other != me, _waiting)
+    return {*_inside.values(), *map(_waiting.__getitem__, before)} <= {limit}
+
+
+def _leave(me: int) -> None:
+    with _turn:
+        _waiting.pop(me, None)
+        _inside.pop(me, None)
+        if not _inside:
             _restore_blas()
+        if _waiting:
+            _turn.notify_all()
 
 
 def _restore_blas() -> None:
-    for library, n_threads in _limits_before.items():
-        _set_blas_threads(library, n_threads)
-    _limits_before.clear()
+    for library, (limit, before) in _limited.items():
+        if library.get_num_threads() == limit:  # else somebody else has set it since
+            _set_blas_threads(library, before)
+    _limited.clear()
 
 
 def _set_blas_threads(library: Any, n_threads: int) -> None:
@@ -154,9 +196,10 @@ def can_limit_blas() -> bool:
 
 def _after_fork() -> None:
     """A forked child has none of its parent's threads, and no caller inside the limit."""
-    global _lock, _pool
-    _lock, _pool = threading.Lock(), None
-    _limit_users.clear()
+    global _lock, _pool, _turn
+    _lock, _pool, _turn = threading.Lock(), None, threading.Condition()
+    _waiting.clear()
+    _inside.clear()
     _restore_blas()
 
 

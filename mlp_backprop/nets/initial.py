@@ -9,6 +9,7 @@ import numpy as np
 
 from mlp_backprop.edge.arguments import (
     check_dtype_of,
+    generator,
     named_home,
     read_params,
     table_row,
@@ -86,8 +87,8 @@ def init_params(
     widths = _checked_sizes(sizes)
     home = named_home(backend)
     name = check_dtype_of(home, dtype)
-    generator = np.random.default_rng(rng)
-    drawn = [draw(generator, n_out, n_in) for n_in, n_out in pairwise(widths)]
+    drawing = generator(rng)
+    drawn = [draw(drawing, n_out, n_in) for n_in, n_out in pairwise(widths)]
     return home.place_params(read_params(drawn), name)
 
 

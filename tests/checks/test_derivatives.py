@@ -31,6 +31,36 @@ def test_any_shape(sizes, n):
     check(make_problem(sizes, n), also="all")
 
 
+def test_no_rows():
+    check(make_problem(n=0), also="all", reduction="sum")
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(np.float32, 1e11), (np.float64, 1e152)])
+def test_norms_that_overflow_are_no_error(dtype, size):
+    """One row of seven has a gradient whose norm, but not whose entries, leave the range."""
+    problem = make_problem((3, 4), dtype=dtype)
+    problem.X[2] = size
+    problem.y[2] = -size
+    check(problem, also=["per_sample_grad_norms", "clipped_grads"])
+
+
+@pytest.mark.parametrize("where", [0, 2])
+def test_a_norm_of_inf_fails_elsewhere(where, monkeypatch):
+    module, function = function_of("per_sample_grad_norms")
+
+    def with_inf(*args, **options):
+        norms = function(*args, **options)
+        norms[where] = np.inf if where == 0 else 1.0
+        return norms
+
+    monkeypatch.setattr(module, "per_sample_grad_norms", with_inf)
+    problem = make_problem((3, 4), dtype=np.float32)
+    problem.X[2] = 1e11
+    problem.y[2] = -1e11
+    with pytest.raises(AssertionError, match="per_sample_grad_norms"):
+        check(problem, also="per_sample_grad_norms")
+
+
 def test_float32_and_class_rows():
     problem = make_problem(loss="softmax_cross_entropy", class_rows=True, dtype=np.float32)
     check(problem, also="all")

@@ -399,6 +399,8 @@ def test_nan_stays_in_its_row_of_the_jacobian_by_the_parameters():
 
 # What is refused ---------------------------------------------------------------------------------
 
+MASK = r"named by integers, got .*(True|False).*; of a mask, its flatnonzero"
+
 
 @pytest.mark.parametrize(
     ("f", "options", "error", "message"),
@@ -415,11 +417,21 @@ def test_nan_stays_in_its_row_of_the_jacobian_by_the_parameters():
         (input_hessian_entries, {"pairs": [(0, 1, 2)]}, TypeError, r"got \(0, 1, 2\)"),
         (input_hessian_entries, {"pairs": (0, 1)}, TypeError, r"pairs \(j, k\) .* got 0"),
         (input_hessian_entries, {"pairs": 0}, TypeError, "pairs must hold pairs"),
+        (input_hessian_entries, {"pairs": [(True, False)]}, TypeError, MASK),
+        (input_hessian_entries, {"pairs": np.eye(2, dtype=bool)}, TypeError, MASK),
+        (laplacian, {"inputs": [True, False]}, TypeError, MASK),
+        (laplacian, {"inputs": np.array([False, True, True])}, TypeError, MASK),
     ],
 )
 def test_bad_options_are_refused(f, options, error, message):
     with pytest.raises(error, match=message):
         run(f, make_problem(), **options)
+
+
+def test_a_mask_of_any_library_is_no_list_of_columns(backend):
+    problem = make_problem().map(backend.array)
+    with pytest.raises(TypeError, match="named by integers"):
+        run(laplacian, problem, inputs=backend.array(np.array([True, False, True])))
 
 
 def test_bad_arrays_are_refused(of_outputs):

@@ -1,5 +1,12 @@
 """The prepared call: the bits of compute_grads for any batch that fits, and every refusal."""
 
+import copy
+import importlib
+import pickle
+import signal
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +14,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from oracles import LOSSES, make_problem
 
-from mlp_backprop import Layer, compute_grads, prepare_grads
+from mlp_backprop import Layer, backprop, compute_grads, prepare_grads
 from mlp_backprop.edge import backends
 from mlp_backprop.engines import choice
 from mlp_backprop.engines.cuda import engine
@@ -292,6 +299,163 @@ def test_lists_are_read_when_they_are_bound():
     assert_same_bits(bound(), expected)
 
 
+# One caller at a time ----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["numpy", "numba"])
+def engine_name(request):
+    """The engines with a workspace on the CPU."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    return request.param
+
+
+def callable_as(form, grad_fn, problem):
+    return bind(grad_fn, problem) if form == "bound" else lambda: call(grad_fn, problem)
+
+
+@pytest.mark.parametrize("second", ["called", "bound"])
+@pytest.mark.parametrize("first", ["called", "bound"])
+def test_a_second_caller_is_refused(first, second, engine_name, monkeypatch):
+    problem = make_problem()
+    grad_fn = prepare(problem, backend=engine_name)
+    first, second = (callable_as(form, grad_fn, problem) for form in (first, second))
+    inside, leave = threading.Event(), threading.Event()
+
+    def written(*arrays):
+        inside.set()
+        leave.wait(20)
+        return divided(*arrays)
+
+    if engine_name == "numpy":
+        owner, name = backprop, "reduced"
+    else:
+        owner, name = (
+            importlib.import_module("mlp_backprop.engines.compiled.engine").NarrowRun,
+            "divided",
+        )
+    divided = getattr(owner, name)
+    monkeypatch.setattr(owner, name, written)
+    with ThreadPoolExecutor(1) as caller:
+        result = caller.submit(first)
+        assert inside.wait(20)
+        with pytest.raises(RuntimeError, match=r"one thread at a time.*prepare one for each"):
+            second()
+        leave.set()
+        expected = run(problem, backend=engine_name)
+        assert_same_bits(result.result(20), expected)
+    assert_same_bits(second(), expected)
+
+
+@pytest.mark.parametrize("n", [7, 50_000])
+def test_callers_from_many_threads_get_right_numbers_or_an_error(n, engine_name):
+    problems = [make_problem((8, 32, 32, 1), n, seed=seed) for seed in range(2)]
+    grad_fn = prepare(problems[0], n, backend=engine_name)
+    expected = [run(problem, backend=engine_name) for problem in problems]
+
+    def repeat(k):
+        refused = 0
+        for _ in range(20):
+            try:
+                result = call(grad_fn, problems[k])
+            except RuntimeError:
+                refused += 1
+            else:
+                assert_same_bits(result, expected[k])
+        return refused
+
+    with ThreadPoolExecutor(2) as callers:
+        assert sum(callers.map(repeat, range(2))) < 40
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such timer")
+def test_ctrl_c_never_leaves_a_call_in_use(engine_name):
+    problem = make_problem(n=1)
+    bound = bind(prepare(problem, backend=engine_name), problem)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+
+    def call_for(seconds):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        while True:
+            bound()
+
+    try:
+        for k in range(300):
+            with pytest.raises(KeyboardInterrupt):
+                call_for(1e-4 + k * 1e-6)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    bound()
+
+
+def by_pickle(grad_fn):
+    return pickle.loads(pickle.dumps(grad_fn))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, by_pickle])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_copy_has_a_workspace_of_its_own(dtype, copied, backend):
+    problem = make_problem(loss="huber", dtype=dtype, weighted=True).map(backend.array)
+    grad_fn = prepare(problem, reduction="sum")
+    other = copied(grad_fn)
+    assert other is not grad_fn
+    with grad_fn._run._in_use:  # as by another thread
+        got = call(other, problem)
+    assert_same_bits(got, run(problem, reduction="sum"), backend.numpy)
+    with pytest.raises(ValueError, match="prepared for up to 7 rows"):
+        call(other, make_problem(loss="huber", dtype=dtype, n=8).map(backend.array))
+
+
+@pytest.mark.parametrize("name", ["numba", "torch", "jax"])
+@pytest.mark.parametrize("copied", [copy.copy, by_pickle])
+def test_a_copy_is_for_the_same_backend_and_activations(copied, name):
+    pytest.importorskip(name)
+    activation = ["relu", "sigmoid", "tanh"]
+    problem = make_problem(activation=activation)
+    other = copied(prepare(problem, backend=name))
+    assert_same_bits(call(other, problem), run(problem, backend=name))
+
+
+def test_a_bound_call_is_not_copied():
+    problem = make_problem()
+    bound = bind(prepare(problem), problem)
+    assert copy.copy(bound) is copy.deepcopy(bound) is bound
+    with pytest.raises((AttributeError, pickle.PicklingError), match="local"):
+        pickle.dumps(bound)
+
+
+# Arrays changed in place -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["X", "y", "weight", "W", "b"])
+@pytest.mark.parametrize("change", ["resized", "reshaped"])
+def test_a_bound_call_refuses_arrays_of_another_shape(change, name, engine_name):
+    problem = make_problem((4, 6, 4), n=8, weighted=True)
+    bound = bind(prepare(problem, 8, backend=engine_name), problem)
+    expected = [np.copy(A) for A in arrays_of(bound())]
+    (W, b), weight = problem.params[0], problem.options["sample_weight"]
+    array = {"X": problem.X, "y": problem.y, "weight": weight, "W": W, "b": b}[name]
+    shape, values = array.shape, array.copy()
+    new = (1, *shape) if array.ndim == 1 else (shape[1], shape[0])
+    if change == "resized":
+        array.resize((2 * shape[0], *shape[1:]), refcheck=False)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # from NumPy 2.5 on
+            array.shape = new
+    with pytest.raises(ValueError, match="an array was resized or reshaped after bind: bind anew"):
+        bound()
+    array.resize(shape, refcheck=False)
+    assert_array_equal(array, values)
+    for A, B in zip(arrays_of(bound()), expected, strict=True):
+        assert_array_equal(A, B)
+
+
 # Refused -----------------------------------------------------------------------------------------
 
 
@@ -398,13 +562,23 @@ def test_labels_must_be_integers():
         call(prepare(problem), problem._replace(y=problem.y.astype(float)))
 
 
+@pytest.mark.parametrize("form", ["called", "bound"])
 @pytest.mark.parametrize("value", [-1e-9, 1.0000001, 2])
-def test_probabilities_out_of_range(value):
+def test_probabilities_out_of_range(value, form, engine_name):
     problem = make_problem(loss="binary_cross_entropy")
-    grad_fn = prepare(problem)
+    now = callable_as(form, prepare(problem, backend=engine_name), problem)
     problem.y[3, 1] = value
     with pytest.raises(ValueError, match=r"probabilities from 0 to 1, got .* at \[3, 1\]"):
-        call(grad_fn, problem)
+        now()
+
+
+@pytest.mark.parametrize("form", ["called", "bound"])
+def test_negative_class_weights(form, engine_name):
+    problem = make_problem(loss="softmax_cross_entropy", class_rows=True)
+    now = callable_as(form, prepare(problem, backend=engine_name), problem)
+    problem.y[3, 1] = -0.5
+    with pytest.raises(ValueError, match=r"weights per class .*, got -0\.5 at \[3, 1\]"):
+        now()
 
 
 def test_another_library():
@@ -447,6 +621,80 @@ def test_an_out_that_cannot_be_written_to():
     )
     for A, B in zip(flat(out), before, strict=True):
         assert_array_equal(A, B)
+
+
+OVERLAPS = {
+    "the same array twice": (
+        "W of layer 1 in out and W of layer 2",
+        lambda A: [(A[0], A[3]), (A[0], A[4])],
+    ),
+    "a row of W for b": (
+        "W of layer 1 in out and b of layer 1",
+        lambda A: [(A[0], A[0][1, :]), (A[1], A[4])],
+    ),
+    "a part of W": (
+        "b of layer 1 in out and b of layer 2",
+        lambda A: [(A[0], A[2][0, :]), (A[1], A[2][0, :])],
+    ),
+    "by one number": (
+        "b of layer 1 in out and b of layer 2",
+        lambda A: [(A[0], A[5][:5]), (A[1], A[5][4:9])],
+    ),
+}
+
+
+@pytest.mark.parametrize("container", [list, tuple])  # the short way through, and the long one
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_an_out_of_arrays_that_overlap(case, container, backend):
+    backend = writeable(backend)
+    problem = make_problem((5, 5, 5)).map(backend.array)
+    arrays = [backend.array(np.zeros(shape)) for shape in [(5, 5)] * 3 + [(5,)] * 2 + [(9,)]]
+    message, make = OVERLAPS[case]
+    grad_fn = prepare(problem)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{message} in out share memory: .* of its own"):
+            call(grad_fn, problem, out=container(make(arrays)))
+    assert not any(backend.numpy(A).any() for A in arrays)
+
+
+def test_an_out_of_interleaved_views_is_no_overlap(backend):
+    # As by columns of [W b]: each between the first and the last number of the other.
+    backend = writeable(backend)
+    problem = make_problem().map(backend.array)
+    stacks = [backend.array(np.zeros((W.shape[0], W.shape[1] + 1))) for W, _ in problem.params]
+    out = [(A[:, :-1], A[:, -1]) for A in stacks]
+    grad_fn = prepare(problem)
+    for _ in range(2):
+        assert_same_bits(call(grad_fn, problem, out=out), run(problem), backend.numpy)
+
+
+def test_another_out_in_the_same_list_is_looked_at_anew():
+    problem = make_problem((5, 5, 5))
+    grad_fn = prepare(problem)
+    out = [(np.empty((5, 5)), np.empty(5)) for _ in range(2)]
+    for _ in range(2):
+        assert_same_bits(call(grad_fn, problem, out=out), run(problem))
+    kept, out[1] = out[1], out[0]
+    with pytest.raises(ValueError, match="share memory"):
+        call(grad_fn, problem, out=out)
+    out[1] = kept
+    assert_same_bits(call(grad_fn, problem, out=out), run(problem))
+    kept[0].flags.writeable = False
+    with pytest.raises(ValueError, match="cannot be written"):
+        call(grad_fn, problem, out=out)
+
+
+def test_an_out_on_a_device_is_compared_by_its_addresses():
+    class OnDevice:
+        def __init__(self, array):
+            self.shape, self.strides, self.itemsize = array.shape, array.strides, array.itemsize
+            self.data = SimpleNamespace(ptr=array.ctypes.data)
+            self.__cuda_array_interface__ = {}
+
+    A = np.empty((4, 3), np.float32)
+    for one, other in [(A, A), (A[:, 1:], A[:, 1]), (A[1], A[:2]), (A[:, :-1], A[:, -1])]:
+        expected = np.shares_memory(one, other)
+        assert backends.share_memory("cupy", OnDevice(one), OnDevice(other)) == expected
 
 
 def test_jax_arrays_cannot_be_out():

@@ -141,6 +141,11 @@ REFUSED = {
         ValueError,
         r"from 0 to 1, got 2 at \[0, 0\]",
     ),
+    "negative class weight": (
+        CLASSES | {"y": put(np.ones((5, 3)), at=(2, 1), value=-0.25)},
+        ValueError,
+        r"y must hold weights per class that are not negative, got -0\.25 at \[2, 1\]",
+    ),
     "negative weight": (
         {"sample_weight": put(ONES, at=1, value=-2)},
         ValueError,
@@ -405,9 +410,9 @@ def test_a_device_array_is_never_copied_silently(backend, name):
         pytest.skip("NumPy arrays are uploaded where a backend is named")
     call = map_arrays(GOOD, backend.array) | {"backend": name}
     copies = {
-        "torch": r"a\.numpy\(force=True\)",
-        "jax": r"numpy\.asarray\(a\)",
-        "cupy": r"cupy\.asnumpy\(a\)",
+        "torch": r"W\.numpy\(force=True\)",
+        "jax": r"numpy\.asarray\(W\)",
+        "cupy": r"cupy\.asnumpy\(W\)",
         "array_api_strict": "silently",
     }
     message = f"is a {backend.name} array.*backend='{name}'.*{copies[backend.name]}"

@@ -8,13 +8,40 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 from oracles import make_problem
 
-from mlp_backprop import compute_grads
-from mlp_backprop.engines import threads
-from mlp_backprop.engines.threads import blas_on_one_thread, run_chunks
+from mlp_backprop import (
+    backprop,
+    clipped_grads,
+    compute_grads,
+    fisher_vp,
+    forward,
+    ggn,
+    ggnvp,
+    hessian,
+    hvp,
+    input_grads,
+    input_hessian_diag,
+    input_hessian_entries,
+    jacobian,
+    jvp,
+    laplacian,
+    linear_operator,
+    ntk,
+    per_sample_grad_norms,
+    per_sample_grads,
+    prepare_grads,
+    ravel_params,
+    residual_grads,
+    sobolev_grads,
+    trace,
+    vjp,
+)
+from mlp_backprop.engines import numpy_products, numpy_tiles, threads
+from mlp_backprop.engines.threads import blas_on_its_threads, blas_on_one_thread, run_chunks
 from mlp_backprop.types import flat
 
 needs_signals = pytest.mark.skipif(
@@ -239,6 +266,238 @@ def test_threads_are_used_where_it_pays(blas_threads, monkeypatch):
     monkeypatch.setenv(threads.VARIABLE, "3")
     run(make_problem((2, 10, 5, 1), 100_000))
     assert seen == {3}
+
+
+# Who wants BLAS on one thread, and who wants its threads -----------------------------------------
+
+WIDE = make_problem((100, 170, 2), n=60)
+SMALL = make_problem((20, 30, 4), n=20)  # of a size that BLAS divides among threads
+HALF = make_problem((20, 30, 4), n=20, dtype=np.float16)
+
+
+def net_and_loss(function, *more, problem=SMALL, **options):
+    return lambda: function(problem.params, problem.X, problem.y, *more, **options)
+
+
+def net_alone(function, *more, **options):
+    return lambda: function(SMALL.params, SMALL.X, *more, **options)
+
+
+def no_equation(X, Y, dY, lap):
+    return Y, (None, None, None)
+
+
+# Every public function, on NumPy's arrays, with products that are left to BLAS's threads.
+LEFT_TO_BLAS = {
+    "compute_grads": net_and_loss(compute_grads, problem=WIDE),
+    "compute_grads, half precision": net_and_loss(compute_grads, problem=HALF),
+    "prepare_grads": lambda: prepare_grads(WIDE.params, n=60)(WIDE.params, WIDE.X, WIDE.y),
+    "forward": net_alone(forward),
+    "trace": net_and_loss(trace),
+    "per_sample_grads": net_and_loss(per_sample_grads),
+    "per_sample_grad_norms": net_and_loss(per_sample_grad_norms, problem=WIDE),
+    "clipped_grads": net_and_loss(clipped_grads, problem=WIDE, max_norm=1.0),
+    "clipped_grads, half precision": net_and_loss(clipped_grads, problem=HALF, max_norm=1.0),
+    "input_grads": net_and_loss(input_grads),
+    "jacobian": net_alone(jacobian),
+    "jacobian, params": net_alone(jacobian, wrt="params"),
+    "input_hessian_diag": net_alone(input_hessian_diag),
+    "input_hessian_entries": net_alone(input_hessian_entries, [(0, 1)]),
+    "laplacian": net_alone(laplacian),
+    "sobolev_grads": net_and_loss(sobolev_grads, np.zeros((20, 4, 20))),
+    "residual_grads": net_alone(residual_grads, no_equation),
+    "jvp": net_alone(jvp, SMALL.params),
+    "vjp": net_alone(vjp, SMALL.y),
+    "hvp": net_and_loss(hvp, WIDE.params, problem=WIDE),
+    "hvp, half precision": net_and_loss(hvp, HALF.params, problem=HALF),
+    "ggnvp": net_and_loss(ggnvp, WIDE.params, problem=WIDE),
+    "fisher_vp": net_and_loss(fisher_vp, WIDE.params, problem=WIDE),
+    "hessian": net_and_loss(hessian),
+    "ggn": net_and_loss(ggn),
+    "ntk": net_alone(ntk, SMALL.X),
+    "linear_operator": lambda: linear_operator("ggn", *WIDE[:3]) @ ravel_params(WIDE.params),
+}
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(1e-3)
+
+
+@pytest.mark.parametrize("name", LEFT_TO_BLAS)
+def test_a_call_left_to_blas_waits_while_others_hold_it(name, blas_threads):
+    call = LEFT_TO_BLAS[name]
+    expected = call()
+    with ThreadPoolExecutor(1) as caller:
+        with blas_on_one_thread():
+            result = caller.submit(call)
+            wait_until(lambda: threads._waiting or result.done())
+            assert not result.done()
+        for got, answer in zip(arrays_of(result.result(20)), arrays_of(expected), strict=True):
+            assert_array_equal(got, answer)
+    assert blas_threads() == {2}
+
+
+def arrays_of(result):
+    if isinstance(result, np.ndarray | np.generic):
+        return [result]
+    return [A for part in result for A in arrays_of(part)]
+
+
+def test_a_call_that_holds_blas_waits_for_those_left_to_it(blas_threads):
+    problem = make_problem((2, 10, 5, 1), 10_000)
+    with ThreadPoolExecutor(1) as caller:
+        with blas_on_its_threads():
+            result = caller.submit(run, problem)
+            wait_until(lambda: threads._waiting or result.done())
+            assert not result.done()
+            assert blas_threads() == {2}
+        assert_same_bits(result.result(20), run(problem))
+
+
+def test_small_products_wait_for_nobody(blas_threads):
+    few = make_problem((20, 30, 4), n=5)
+    with ThreadPoolExecutor(1) as caller, blas_on_one_thread():
+        for call in (
+            lambda: run(few),
+            lambda: forward(few.params, few.X),
+            lambda: hvp(few.params, few.X, few.y, few.params),
+        ):
+            caller.submit(call).result(20)
+
+
+def test_those_who_want_the_same_are_inside_together(blas_threads):
+    meeting = threading.Barrier(2, timeout=20)
+    for kind in (blas_on_one_thread, blas_on_its_threads):
+
+        def meet(_, kind=kind):
+            with kind():
+                meeting.wait()
+
+        with ThreadPoolExecutor(2) as callers:
+            list(callers.map(meet, range(2)))
+
+
+def test_turns_are_taken_in_the_order_of_coming(blas_threads):
+    # Else one kind of call could keep the other out for good.
+    came = []
+
+    def take_turn(kind, name):
+        with kind():
+            came.append((name, blas_threads()))
+
+    with ThreadPoolExecutor(3) as callers:
+        with blas_on_its_threads():
+            waits = [callers.submit(take_turn, blas_on_one_thread, "first")]
+            wait_until(lambda: len(threads._waiting) == 1)
+            waits.append(callers.submit(take_turn, blas_on_its_threads, "second"))
+            wait_until(lambda: len(threads._waiting) == 2)
+            assert came == []
+        for wait in waits:
+            wait.result(20)
+    assert came == [("first", {1}), ("second", {2})]
+
+
+@pytest.mark.parametrize("outer", [blas_on_one_thread, blas_on_its_threads])
+def test_a_call_within_a_call_does_not_wait_for_itself(outer, blas_threads):
+    with outer():
+        before = blas_threads()
+        for inner, expected in ((blas_on_one_thread, {1}), (blas_on_its_threads, {2})):
+            with inner():
+                assert blas_threads() == expected
+            assert blas_threads() == before
+    assert blas_threads() == {2}
+    assert not threads._inside
+
+
+@needs_signals
+def test_ctrl_c_while_waiting_for_a_turn(blas_threads):
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with blas_on_its_threads():
+            inside.set()
+            wait_until(lambda: threads._waiting)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            leave.wait(20)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with ThreadPoolExecutor(1) as caller:
+            held = caller.submit(hold)
+            inside.wait(20)
+            with pytest.raises(KeyboardInterrupt), blas_on_one_thread():
+                pytest.fail("came in")
+            assert not threads._waiting
+            leave.set()
+            held.result(20)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert not threads._inside
+
+
+def test_identical_calls_beside_others_give_identical_bits(blas_threads):
+    # With OpenBLAS the first has other bits on one thread than on two.
+    wide = make_problem((784, 128, 64, 10), 256, dtype=np.float32)
+    narrow = make_problem((2, 10, 5, 1), 20_000)
+    expected = run(wide), run(narrow)
+
+    def repeat(problem, answer):
+        for _ in range(10):
+            assert_same_bits(run(problem), answer)
+
+    with ThreadPoolExecutor(4) as callers:
+        list(callers.map(repeat, (wide, narrow) * 2, expected * 2))
+    assert blas_threads() == {2}
+
+
+def test_a_limit_of_the_users_that_was_set_meanwhile_is_kept(blas_threads):
+    with blas_on_one_thread():
+        for library in threads._blas_libraries():
+            threads._set_blas_threads(library, 3)
+    assert blas_threads() == {3}
+
+
+def test_a_limit_of_the_users_that_ended_meanwhile_does_not_come_back(blas_threads):
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    limit = threadpoolctl.threadpool_limits(1, user_api="blas")
+    with blas_on_one_thread():
+        limit.restore_original_limits()
+    assert blas_threads() == {2}
+
+
+# The number of threads that a call may use ------------------------------------------------------
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("1", {1}), ("2", {2}), ("5", {2}), (None, {2})])
+def test_blas_has_no_more_threads_than_a_call_may_use(setting, expected, blas_threads, monkeypatch):
+    seen = []
+
+    def watched(function):
+        def watching(*args):
+            seen.append(blas_threads())
+            return function(*args)
+
+        return watching
+
+    for owner, name in (
+        (numpy_tiles.TiledRun, "_forward"),
+        (numpy_products.ProductRun, "_up"),
+        (backprop, "forward"),
+    ):
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    if setting is None:
+        monkeypatch.delenv(threads.VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(threads.VARIABLE, setting)
+    short = make_problem((64, 64, 64, 1), 1024, dtype=np.float32)
+    for call in (*LEFT_TO_BLAS.values(), lambda: run(short)):
+        call()
+    assert len(seen) > 20
+    assert set.union(*seen) == expected
+    assert blas_threads() == {2}
 
 
 # compute_grads -----------------------------------------------------------------------------------
