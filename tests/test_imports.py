@@ -167,7 +167,7 @@ IMPORTS = {
         "autograd jax numpy sklearn torch",
     ),
     "bench.environment": (
-        "edge.backends engines.compiled.engine engines.threads mlp_backprop",
+        "edge.backends engines.threads mlp_backprop",
         "numpy threadpoolctl",
     ),
     "bench.memory": ("", ""),
@@ -185,9 +185,10 @@ IMPORTS = {
         "nets.initial types",
         "numpy sklearn",
     ),
-    "programs.screens": ("bench.environment bench.results programs.verification", "numpy rich"),
+    "programs.info": ("bench.environment", ""),
+    "programs.screens": ("bench.results programs.verification", "numpy rich"),
     "programs.cli": (
-        "bench.charts bench.environment bench.grid mlp_backprop programs.screens "
+        "bench.charts bench.environment bench.grid mlp_backprop programs.info programs.screens "
         "programs.verification",
         "numpy",
     ),

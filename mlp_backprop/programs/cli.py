@@ -1,11 +1,13 @@
 """The program `mlp-backprop`, also `python -m mlp_backprop`: arguments in, exit status out.
 
 What is computed is in verification.py, bench/environment.py and bench/grid.py; what is shown, in
-screens.py, which is imported only to show something: --json works without rich.
+info.py and screens.py. The latter is imported only to show something: all else works without rich.
 """
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 
 import mlp_backprop
 from mlp_backprop.bench.environment import environment
+from mlp_backprop.programs import info
 from mlp_backprop.programs.verification import verify
 
 
@@ -26,17 +29,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    return int(COMMANDS[options.command](options))
+    try:
+        status = int(COMMANDS[options.command](options))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has enough, as `head` does
+        # What is left in the buffer goes nowhere when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    return status
+
+
+READER_GONE = 128 + 13  # as a shell reports a program that SIGPIPE has ended
 
 
 def _info(options: argparse.Namespace) -> int:
-    show = _print_json if options.json else _report("; or --json").show
-    show(environment())
+    result = environment()
+    if options.json:
+        _print_json(result)
+    else:
+        sys.stdout.write(info.text(result, shutil.get_terminal_size().columns))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    show = _print_json if options.json else _report("; or --json").show
+    show = _print_json if options.json else _report("; or --json").show_verification
     result = verify(options.seed)
     show(result)
     return 0 if result.passed else 1

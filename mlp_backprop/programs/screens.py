@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from mlp_backprop.bench.environment import Environment
 from mlp_backprop.bench.results import (
     Results,
     missing_table,
@@ -55,17 +54,9 @@ GAP = 2
 BLOCK_WIDTH = sum(WIDTHS) + GAP * len(WIDTHS)
 
 
-def show(result: Verification | Environment) -> None:
-    """Print what `verify` or `environment` found out."""
-    # Square brackets are indices and names of extras here, not markup.
-    console = Console(markup=False, emoji=False, highlight=False)
-    if isinstance(result, Verification):
-        _show_verification(console, result)
-    else:
-        _show_environment(console, result)
-
-
-def _show_verification(console: Console, result: Verification) -> None:
+def show_verification(result: Verification) -> None:
+    """Print what `verify` found out."""
+    console = _console()
     for example, title in TITLES.items():
         console.rule(title, align="left", style="dim")
         console.print(TEXTS[example], "", sep="\n")
@@ -180,25 +171,6 @@ def _largest(comparisons: list[Comparison]) -> str:
     return ", ".join(f"{kind} {_small(difference)}" for kind, difference in largest.items())
 
 
-def _show_environment(console: Console, result: Environment) -> None:
-    for name, version in result.versions.items():
-        console.print(f"{name} {version}")
-    blas = result.blas
-    threads = "" if blas.threads is None else f", {blas.threads} threads"
-    console.print(f"BLAS {blas.name} {blas.version}{threads}")
-    console.print(f"CPUs for this process: {result.cpus}; threads for a call: {result.threads}")
-    if result.compiled is not None:
-        seconds, directory = result.compiled
-        origin = f"compiled in {seconds:.1f} s" if seconds else "from the cache"
-        console.print(f"numba engine: {origin}, kept in {directory or 'no cache'}")
-    console.print()
-    table = _table("backend", "version", "devices, or why it is not usable", justify="left")
-    for backend in result.backends:
-        note = ", ".join(backend.devices) if backend.usable else backend.reason
-        table.add_row(backend.name, backend.version or "", note)
-    console.print(table)
-
-
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None]]:
     """A bar for work in cells: call what it yields with (done, total, what comes now)."""
@@ -220,12 +192,17 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
 
 def show_benchmarks(results: Results) -> None:
     """The times, how many times faster than torch that is, the targets, and who is missing."""
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = _console()
     for dtype in ("float32", "float64"):
         _show_texts(console, f"Microseconds per call, {dtype}", times_table(results, dtype))
         _show_texts(console, f"Times faster than torch, {dtype}", ratios_table(results, dtype))
     _show_texts(console, "Targets", summary_table(results))
     _show_texts(console, "Left out", missing_table(results))
+
+
+def _console() -> Console:
+    """Square brackets are indices and names of extras here, not markup."""
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 def _show_texts(console: Console, title: str, texts: Texts) -> None:

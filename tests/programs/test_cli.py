@@ -1,6 +1,5 @@
 """The program as its users meet it: exit status, text, JSON, and the installed wheel."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,7 +12,8 @@ import pytest
 
 import mlp_backprop
 from mlp_backprop.activations import ACTIVATIONS
-from mlp_backprop.programs import cli
+from mlp_backprop.bench.environment import environment
+from mlp_backprop.programs import cli, info
 from mlp_backprop.programs.verification import verify
 
 ROOT = Path(__file__).parents[2]
@@ -146,10 +146,9 @@ def test_json_has_everything_in_full_precision(capsys, no_rich):
             assert read["trace"][name] == [A.tolist() for A in getattr(worked.trace, name)]
 
 
-@pytest.mark.parametrize("command", ["verify", "info"])
-def test_without_rich_one_line_says_what_to_install(command, no_rich):
+def test_without_rich_one_line_says_what_to_install(no_rich):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([command])
+        cli.main(["verify"])
     # A string as the status: Python prints it to stderr and exits with 1.
     assert "pip install 'mlp-backprop[cli]'" in stopped.value.code
     assert "\n" not in stopped.value.code
@@ -185,11 +184,46 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"mlp-backprop {mlp_backprop.__version__}\n"
 
 
-def test_info_lists_versions_and_backends(terminal, capsys, monkeypatch):
+PIPED = """
+import sys
+
+for name in ("torch", "jax", "sklearn.datasets"):
+    sys.modules[name] = None  # it takes seconds
+from mlp_backprop.programs.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["info", "info --json", "verify", "verify --json"])
+def test_a_reader_who_has_gone_is_no_error(command, tmp_path):
+    """As `| head` does it; here nobody reads from the start."""
+    pytest.importorskip("rich", reason="rich is not installed")
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PIPED, *command.split()],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode == (1 if command == "verify" else cli.READER_GONE)  # rich's is 1
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_info_lists_versions_and_backends(columns, capsys, monkeypatch, no_rich):
+    """And needs no rich."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setitem(sys.modules, "torch", None)
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= terminal
+    assert max(map(len, shown.splitlines())) <= columns
     for line in (f"mlp-backprop {mlp_backprop.__version__}", f"NumPy {np.__version__}"):
         assert line in shown
     for name in ("BLAS", "CPUs", "numpy", "cupy", "torch", "jax"):
@@ -204,8 +238,7 @@ def test_info_as_json(capsys, no_rich):
     assert content["cpus"] >= 1
     assert content["blas"]["name"]
     assert content["threads"] >= 1
-    if importlib.util.find_spec("numba"):
-        assert content["compiled"]["seconds"] >= 0
+    assert set(content["import_seconds"]) == {row["name"] for row in content["backends"]}
     backends = {backend["name"]: backend for backend in content["backends"]}
     assert list(backends) == ["numpy", "numba", "cupy", "torch", "jax"]
     assert backends["numpy"]["devices"] == ["cpu"]
@@ -216,6 +249,14 @@ def test_info_without_threadpoolctl_knows_no_threads(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["blas"]["threads"] is None
+
+
+def test_info_says_which_library_was_slow_to_import():
+    here = environment()
+    seconds = dict.fromkeys(here.import_seconds, 0.01)
+    assert "Slow" not in info.text(here._replace(import_seconds=seconds), 80)
+    shown = info.text(here._replace(import_seconds=seconds | {"torch": 2.52, "jax": 0.9}), 80)
+    assert shown.endswith("\n\nSlow to import here: torch 2.5 s, jax 0.9 s\n")
 
 
 RESULTS = {
