@@ -205,7 +205,7 @@ def test_a_reader_who_has_gone_is_no_error(command, tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", PIPED, *command.split()],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
             stdout=writer,
             stderr=subprocess.PIPE,
             text=True,
