@@ -180,16 +180,17 @@ IMPORTS = {
     ),
     # programs
     "programs": ("", ""),
+    "programs.examples": ("nets.initial types", "numpy sklearn"),
     "programs.verification": (
-        "checks.checking checks.torch_reference derivatives.gradients edge.backends "
-        "nets.initial types",
-        "numpy sklearn",
+        "checks.checking checks.torch_reference derivatives.gradients edge.backends edge.rules "
+        "programs.examples types",
+        "numpy",
     ),
     "programs.info": ("bench.environment", ""),
-    "programs.screens": ("bench.results programs.verification", "numpy rich"),
+    "programs.screens": ("bench.results edge.backends programs.verification", "numpy rich"),
     "programs.cli": (
-        "bench.charts bench.environment bench.grid mlp_backprop programs.info programs.screens "
-        "programs.verification",
+        "bench.charts bench.environment bench.grid edge.backends mlp_backprop programs.info "
+        "programs.screens programs.verification",
         "numpy",
     ),
     # __main__
@@ -219,7 +220,7 @@ ONLY_IN = {
     },
     "rich": {"programs.screens"},
     "scipy": {"derivatives.curvature"},
-    "sklearn": {"bench.contenders", "programs.verification"},
+    "sklearn": {"bench.contenders", "programs.examples"},
     "threadpoolctl": {"engines.threads", "bench.environment"},
     "torch": {"bench.contenders", "checks.torch_reference"},
 }

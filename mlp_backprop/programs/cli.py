@@ -18,6 +18,7 @@ import numpy as np
 
 import mlp_backprop
 from mlp_backprop.bench.environment import environment
+from mlp_backprop.edge.backends import BACKENDS
 from mlp_backprop.programs import info
 from mlp_backprop.programs.verification import verify
 
@@ -53,7 +54,12 @@ def _info(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     show = _print_json if options.json else _report("; or --json").show_verification
-    result = verify(options.seed)
+    # JAX reads this when it is imported, later on: without it, it has no float64.
+    os.environ.setdefault("JAX_ENABLE_X64", "1")
+    try:
+        result = verify(options.seed, options.backend)
+    except ImportError as error:
+        sys.exit(f"mlp-backprop: {error}")
     show(result)
     return 0 if result.passed else 1
 
@@ -97,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON, every digit of it")
     command.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="draws nets and sample (default: 0)"
+    )
+    command.add_argument(
+        "--backend",
+        choices=list(BACKENDS),
+        help="what computes the gradients, in all its precisions, beside NumPy in float64 too",
     )
     summary = "show versions, BLAS, CPUs and the backends usable here"
     command = commands.add_parser("info", help=summary, description=summary)

@@ -23,6 +23,7 @@ from mlp_backprop.bench.results import (
     times_table,
 )
 from mlp_backprop.bench.results import Table as Texts
+from mlp_backprop.edge.backends import BackendStatus
 from mlp_backprop.programs import verification
 from mlp_backprop.programs.verification import Comparison, Verification, Worked
 
@@ -42,21 +43,24 @@ TEXTS = {
     "layers, softmax cross entropy, mean over the images.",
 }
 
-# Examples shown entry by entry, and the headings of their columns: the reference's, and ours.
-HEADINGS = {
-    "assignment": ("by PyTorch", "by hand"),
-    "published": ("printed", "computed"),
-}
+# Examples that are small enough to be shown entry by entry.
+BY_ENTRY = ("assignment", "published")
 
 # Of one block of entries: index, two numbers and their difference. Two blocks fit into 80 columns.
 WIDTHS = (6, 10, 10, 7)
 GAP = 2
+
+# Of a table of differences: name and shape of the array, and each comparison.
+SHAPES_WIDTH = 18
+COMPARISON_WIDTH = 19
 BLOCK_WIDTH = sum(WIDTHS) + GAP * len(WIDTHS)
 
 
 def show_verification(result: Verification) -> None:
     """Print what `verify` found out."""
     console = _console()
+    if result.backend is not None:
+        _show_backend(console, result.backend)
     for example, title in TITLES.items():
         console.rule(title, align="left", style="dim")
         console.print(TEXTS[example], "", sep="\n")
@@ -70,10 +74,17 @@ def show_verification(result: Verification) -> None:
         if "torch" in result.missing and example != "published":
             note = f"No column by PyTorch: {result.missing['torch']}."
             console.print(note, "", sep="\n", style="yellow")
-        if example in HEADINGS:
-            _show_entries(console, comparisons[0])
-        _show_differences(console, comparisons)
+        if example in BY_ENTRY:
+            _show_entries(console, comparisons[0], result.backend)
+        for measure in dict.fromkeys(c.measure for c in comparisons):
+            _show_differences(console, [c for c in comparisons if c.measure == measure])
     _show_verdict(console, result)
+
+
+def _show_backend(console: Console, backend: BackendStatus) -> None:
+    devices = ", ".join(backend.devices)
+    text = f"Gradients by backend {backend.name} {backend.version}; its devices here: {devices}."
+    console.print(text, "", sep="\n")
 
 
 def _show_pass(console: Console, worked: Worked) -> None:
@@ -89,12 +100,16 @@ def _show_pass(console: Console, worked: Worked) -> None:
     table = _table("unit", *columns)
     for unit, row in enumerate(zip_longest(*columns.values(), fillvalue="")):
         table.add_row(f"[{unit}]", *row)
-    console.print(f"Forward pass, {example.dtype}:", "", table, "", sep="\n")
+    console.print(f"Forward pass, by NumPy in {example.dtype}:", "", table, "", sep="\n")
 
 
-def _show_entries(console: Console, comparison: Comparison) -> None:
+def _show_entries(console: Console, comparison: Comparison, backend: BackendStatus | None) -> None:
     """Every entry of the gradient beside the reference's, in blocks beside one another."""
-    console.print(f"Gradients, {comparison.dtype}:", "", sep="\n")
+    headings = "printed", "computed"
+    if comparison.example == "assignment":
+        theirs, _, _ = comparison.reference.partition(" ")
+        headings = f"by {theirs}", f"by {backend.name}" if backend else "by hand"
+    console.print(f"Gradients, {comparison.precision}:", "", sep="\n")
     n_blocks = max(1, (console.width + GAP) // BLOCK_WIDTH)
     for table in comparison.tables:
         indices = list(np.ndindex(table.computed.shape))
@@ -102,7 +117,7 @@ def _show_entries(console: Console, comparison: Comparison) -> None:
         blocks = Table.grid(padding=(0, GAP))
         blocks.add_row(
             *(
-                _block(table, HEADINGS[comparison.example], indices[start : start + n_rows])
+                _block(table, headings, indices[start : start + n_rows])
                 for start in range(0, len(indices), n_rows)
             )
         )
@@ -128,15 +143,24 @@ def _block(
 
 def _show_differences(console: Console, comparisons: list[Comparison]) -> None:
     """The largest difference in every array, and the tolerance: one column per comparison."""
-    table = _table("array", "shape", *(f"{c.reference}\n{c.dtype}" for c in comparisons))
-    for tables in zip(*(c.tables for c in comparisons), strict=True):
-        shape = " x ".join(map(str, tables[0].computed.shape))
-        table.add_row(tables[0].name, shape, *(_small(t.difference) for t in tables))
-    table.add_section()
-    table.add_row("tolerance", "", *(_small(c.tolerance) for c in comparisons))
-    table.add_row("", "", *(_mark(c.passed) for c in comparisons))
-    measure = comparisons[0].measure
-    console.print(f"Largest {measure} difference:", "", table, "", sep="\n")
+    relative = ", relative to the largest entry" if comparisons[0].measure == "relative" else ""
+    console.print(f"Largest difference{relative}:", "", sep="\n")
+    for start, end in _parts(len(comparisons), (console.width - SHAPES_WIDTH) // COMPARISON_WIDTH):
+        shown = comparisons[start:end]
+        table = _table("array", "shape", *(f"{c.reference}\n{c.precision}" for c in shown))
+        for tables in zip(*(c.tables for c in shown), strict=True):
+            shape = " x ".join(map(str, tables[0].computed.shape))
+            table.add_row(tables[0].name, shape, *(_small(t.difference) for t in tables))
+        table.add_section()
+        table.add_row("tolerance", "", *(_small(c.tolerance) for c in shown))
+        table.add_row("", "", *(_mark(c.passed) for c in shown))
+        console.print(table, "", sep="\n")
+
+
+def _parts(n: int, most: int) -> Iterator[tuple[int, int]]:
+    """Start and end of parts of about equal size, with at most so many (and at least one) each."""
+    size = math.ceil(n / math.ceil(n / max(1, most)))
+    return ((start, min(start + size, n)) for start in range(0, n, size))
 
 
 def _show_verdict(console: Console, result: Verification) -> None:
@@ -149,7 +173,7 @@ def _show_verdict(console: Console, result: Verification) -> None:
                 if not table.difference <= c.tolerance  # nan is not below any tolerance
             )
             console.print(
-                f"{c.example}, {c.reference}, {c.dtype}: above the tolerance of "
+                f"{c.example}, {c.reference}, {c.precision}: above the tolerance of "
                 f"{_small(c.tolerance)} are {', '.join(differences)}",
                 style="red",
             )
@@ -163,10 +187,10 @@ def _show_verdict(console: Console, result: Verification) -> None:
 
 
 def _largest(comparisons: list[Comparison]) -> str:
-    """The largest difference from each reference in each dtype, over all examples."""
+    """The largest difference from each reference in each precision, over all examples."""
     largest: dict[str, float] = {}
     for c in comparisons:
-        kind = f"{c.reference} ({c.dtype})"
+        kind = f"{c.reference} ({c.precision})"
         largest[kind] = float(np.maximum(c.difference, largest.get(kind, 0.0)))
     return ", ".join(f"{kind} {_small(difference)}" for kind, difference in largest.items())
 

@@ -108,6 +108,23 @@ def test_verify_says_what_is_not_installed(terminal, capsys, bare):
     assert "Left out, not installed: torch, scikit-learn. Largest differences: central" in shown
 
 
+def test_verify_of_a_backend(terminal, capsys, bare):
+    """Without torch, NumPy in float64 stands beside it all the same."""
+    assert cli.main(["verify", "--backend", "numpy"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= terminal
+    assert "Gradients by backend numpy" in shown
+    assert "by NumPy by numpy diff" in one_line(shown)
+    assert "pip install 'mlp-backprop[torch]'; NumPy in float64 is left." in one_line(shown)
+
+
+def test_verify_of_a_backend_that_is_not_installed(capsys, bare):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["verify", "--json", "--backend", "torch"])
+    assert stopped.value.code.startswith("mlp-backprop: backend 'torch' needs torch")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_wrong_derivative_is_named_and_exits_1(terminal, capsys, wrong_sigmoid):
     pytest.importorskip("torch", reason="torch is not installed")
     assert cli.main(["verify"]) == 1
@@ -161,6 +178,7 @@ def test_without_rich_one_line_says_what_to_install(no_rich):
         (["verify", "--seed", "-1"], "a seed is an integer, 0 or more; got '-1'"),
         (["verify", "--seed", "1.5"], "a seed is an integer, 0 or more; got '1.5'"),
         (["verify", "--fast"], "unrecognized arguments"),
+        (["verify", "--backend", "tensorflow"], "invalid choice: 'tensorflow'"),
         (["info", "--seed", "1"], "unrecognized arguments"),
     ],
 )
