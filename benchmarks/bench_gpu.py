@@ -35,7 +35,7 @@ from mlp_backprop.types import Layer, flat
 SECONDS = 440.0  # of all, under eight minutes; a torch.compile begun late may take some more
 EFFORT = grid.Effort(min_rounds=5, max_rounds=50, seconds=0.4)
 
-# Of the largest entry of each array, up to a million rows; beyond, as in bench.tolerance.
+# Of the largest entry of each array, up to a million rows; beyond, as in bench/problems.py.
 TOLERANCES = {"float32": 2e-3, "tf32": 5e-2, "bfloat16": 2e-1}
 
 

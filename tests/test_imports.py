@@ -171,11 +171,16 @@ IMPORTS = {
         "numpy threadpoolctl",
     ),
     "bench.memory": ("", ""),
-    "bench.results": ("bench.contenders bench.environment bench.memory engines.threads", ""),
-    "bench.charts": ("bench.results", "matplotlib"),
+    "bench.problems": ("", ""),
+    "bench.results": (
+        "bench.contenders bench.environment bench.memory bench.problems engines.threads",
+        "",
+    ),
+    "bench.tables": ("bench.contenders bench.problems bench.results", ""),
+    "bench.charts": ("bench.contenders bench.problems bench.results", "matplotlib"),
     "bench.grid": (
-        "backprop bench.contenders bench.memory bench.results edge.arguments edge.calls "
-        "edge.validation nets.initial types",
+        "backprop bench.contenders bench.memory bench.problems bench.results edge.arguments "
+        "edge.calls edge.validation nets.initial types",
         "numpy",
     ),
     # programs
@@ -187,7 +192,10 @@ IMPORTS = {
         "numpy",
     ),
     "programs.info": ("bench.environment", ""),
-    "programs.screens": ("bench.results edge.backends programs.verification", "numpy rich"),
+    "programs.screens": (
+        "bench.results bench.tables edge.backends programs.verification",
+        "numpy rich",
+    ),
     "programs.cli": (
         "bench.charts bench.environment bench.grid edge.backends mlp_backprop programs.info "
         "programs.screens programs.verification",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlp_backprop import compute_grads
-from mlp_backprop.bench import grid
+from mlp_backprop.bench import grid, problems, tables
 from mlp_backprop.bench import memory as bench_memory
 from mlp_backprop.bench import results as bench_results
 from mlp_backprop.bench.contenders import CONTENDERS, Contender, Ready
@@ -288,15 +288,16 @@ def test_peak_memory_in_a_process_of_its_own(monkeypatch):
 @pytest.fixture
 def two_cells(monkeypatch):
     """A grid of two small cells and two contenders."""
-    problem = grid.PROBLEMS["2-10-5-1"]._replace(quick=(1, 2), memory=())
+    problem = problems.PROBLEMS["2-10-5-1"]._replace(quick=(1, 2), memory=())
     contenders = {
         "derivation": CONTENDERS["derivation"],
         "absent": refuses(ImportError("not here")),
     }
-    monkeypatch.setattr(grid, "PROBLEMS", {problem.name: problem})
-    monkeypatch.setattr(grid, "TOLERANCES", {"float64": 1e-9})
+    monkeypatch.setattr(problems, "PROBLEMS", {problem.name: problem})
+    monkeypatch.setattr(problems, "TOLERANCES", {"float64": 1e-9})
     monkeypatch.setattr(grid, "CONTENDERS", contenders)
-    monkeypatch.setattr(grid, "SELECTIONS", {"quick": EFFORT})
+    for module in (grid, problems):
+        monkeypatch.setattr(module, "SELECTIONS", {"quick": EFFORT})
     monkeypatch.setattr(grid, "import_seconds", lambda: 0.01)
 
 
@@ -313,6 +314,9 @@ def test_results_are_written_and_read_back(tmp_path):
     assert bench_results.load(path) == results
     assert list(tmp_path.iterdir()) == [path]
     assert results["versions"]["NumPy"] == np.__version__
+    seconds = [cell["seconds"] for cell in results["cells"]]
+    assert min(seconds) > 0
+    assert results["seconds"] >= sum(seconds)
 
 
 @pytest.mark.usefixtures("two_cells")
@@ -371,6 +375,7 @@ def made_up():
     return {
         "selection": "full",
         "complete": True,
+        "seconds": 1234.5,
         **bench_results.surroundings(),
         "import_seconds": 0.2,
         "cells": [record(cell) for cell in grid.cells("full")],
@@ -410,8 +415,9 @@ def test_summary_leaves_out_what_is_missing():
 
 def test_tables_show_every_cell_and_every_reason():
     results = made_up()
-    times = bench_results.times_table(results, "float32")
-    assert times.head == ["net", "n", "prepared", "prepared_numba", "bound_numba", "torch", "jax"]
+    times = tables.times_table(results, "float32")
+    ours = ["prepared call, numpy", "prepared call, numba", "bound call, numba"]
+    assert times.head == ["net", "n", *ours, "torch", "JAX"]
     assert [
         "2-10-5-1",
         "10 000 000",
@@ -422,14 +428,14 @@ def test_tables_show_every_cell_and_every_reason():
         "4 000 000",
     ] in times.rows
     assert len(times.rows) == len(results["cells"]) / 2
-    assert bench_results.ratios_table(results, "float64").rows[0][2:] == [
+    assert tables.ratios_table(results, "float64").rows[0][2:] == [
         "4.00",
         "8.00",
         "10.00",
         "1.00",
         "2.00",
     ]
-    assert bench_results.memory_table(results).rows[1] == [
+    assert tables.memory_table(results).rows[1] == [
         "2-10-5-1",
         "10 000 000",
         "10.0",
@@ -438,13 +444,49 @@ def test_tables_show_every_cell_and_every_reason():
         "–",
         "–",
     ]
-    assert bench_results.missing_table(results).rows == [
-        ["autograd", "No module named 'autograd'", "everywhere"]
+    assert tables.missing_table(results).rows == [
+        ["HIPS autograd", "No module named 'autograd'", "everywhere"]
     ]
-    assert len(bench_results.summary_table(results).rows) == 11
-    assert ["Python", results["versions"]["Python"]] in bench_results.surroundings_table(
-        results
-    ).rows
+    assert len(tables.summary_table(results).rows) == 11
+    assert ["Python", results["versions"]["Python"]] in tables.surroundings_table(results).rows
+
+
+def test_blocks_have_a_column_per_cell_and_a_row_per_contender():
+    results = made_up()
+    blocks = tables.blocks(results)
+    assert [block.net for block in blocks] == list(problems.PROBLEMS)
+    last = blocks[-1]
+    assert last.columns == [
+        f"n = {n}\n{dtype}" for dtype in ("float32", "float64") for n in ("1 024", "100 000")
+    ]
+    assert dict(last.rows) == {
+        "prepared call, numpy": ["2.00 s 4.00x"] * 4,
+        "prepared call, numba": ["1.00 s 8.00x"] * 4,
+        "bound call, numba": ["800 ms 10.0x"] * 4,
+        "torch": ["8.00 s 1.00x"] * 4,
+        "JAX": ["4.00 s 2.00x"] * 4,
+    }
+    del results["cells"][-1]["timings"]["jax"]
+    assert dict(tables.blocks(results)[-1].rows)["JAX"] == ["4.00 s 2.00x"] * 3 + ["–"]
+    del results["cells"][-1]["timings"]["torch"]["torch_ratio"]
+    assert dict(tables.blocks(results)[-1].rows)["torch"][-1] == "8.00 s      "
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *[(7.83e-6, "7.83 µs"), (999.4e-6, "999 µs"), (999.6e-6, "1.00 ms"), (0.0445, "44.5 ms")],
+        *[(0.9996, "1.00 s"), (12.34, "12.3 s"), (1234.0, "1 234 s")],
+    ],
+)
+def test_times_have_a_unit(seconds, text):
+    assert tables._with_unit(seconds) == text
+
+
+def test_every_contender_has_words():
+    words = [row.words for row in CONTENDERS.values()]
+    assert all(words)
+    assert len(set(words)) == len(words)
 
 
 def test_merging_adds_the_cells_that_the_first_lacks():
@@ -457,11 +499,94 @@ def test_merging_adds_the_cells_that_the_first_lacks():
     assert merged["cells"][2] == other  # after the same net with a single row
 
 
-def test_report_fills_the_page_and_draws_the_charts(tmp_path):
+def test_merging_keeps_to_the_order_of_the_grid():
+    whole = made_up()
+    first = whole | {"cells": whole["cells"][12:14]}
+    assert bench_results.merged([first, whole])["cells"] == whole["cells"]
+
+
+# --- durations -------------------------------------------------------------------------------
+
+
+def test_a_run_that_took_longer_than_is_claimed_is_known():
+    for selection, claimed in problems.CLAIMED_SECONDS.items():
+        run = {"selection": selection, "seconds": claimed - 0.1}
+        assert not bench_results.too_long(run)
+        assert bench_results.too_long(run | {"seconds": claimed})
+        assert bench_results.duration(run).endswith(f"claimed: under {claimed} s")
+    assert not bench_results.too_long({"selection": "full", "seconds": 1e9})
+    text = bench_results.duration({"selection": "full", "seconds": 1234.5})
+    assert text == "1234 s, selection full"
+
+
+def test_the_claims_are_those_of_the_texts():
+    """In words: under a minute, and under fifteen minutes."""
+    assert problems.CLAIMED_SECONDS == {"quick": 60, "default": 15 * 60}
+    for page in ("docs/benchmarks.md", "CONTRIBUTING.md", "Makefile"):
+        assert "under fifteen minutes" in (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem
+)
+def test_the_results_that_the_pages_are_made_of_keep_to_the_claims(path):
+    run = bench_results.load(path)
+    if "seconds" not in run or "selection" not in run:
+        pytest.skip("of a time when durations were not kept, or no run of the grid")
+    assert not bench_results.too_long(run)
+
+
+# --- pages and charts ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def report():
     pytest.importorskip("matplotlib", reason="charts need matplotlib")
     spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_report_refuses_a_run_that_took_longer_than_is_claimed(report, tmp_path):
+    path = tmp_path / "results.json"
+    bench_results.save(made_up() | {"selection": "default", "seconds": 901.0}, path)
+    with pytest.raises(SystemExit, match="took 901 s, selection default; claimed: under 900 s"):
+        report.main([str(path), "--root", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_charts_have_every_contender_that_the_targets_speak_of():
+    charts = pytest.importorskip("mlp_backprop.bench.charts", reason="charts need matplotlib")
+    results = made_up()
+    spoken_of = set()
+    for name in CONTENDERS:
+        without = made_up()
+        for cell in without["cells"]:
+            cell["timings"].pop(name, None)
+        if bench_results.summary(without) != bench_results.summary(results):
+            spoken_of.add(name)
+    assert spoken_of == {"torch", "jax", "prepared", "prepared_numba", "bound_numba"}
+    assert spoken_of <= set(charts.STYLES)
+
+
+@pytest.mark.parametrize("chart", ["throughput", "torch_ratio"])
+def test_charts_have_titles_words_and_one_scale_and_no_lines(chart):
+    charts = pytest.importorskip("mlp_backprop.bench.charts", reason="charts need matplotlib")
+    figure = getattr(charts, chart)(made_up())
+    assert figure.get_suptitle()
+    words = {"JAX", "prepared call, numpy", "prepared call, numba", "bound call, numba"}
+    assert words <= {text.get_text() for text in figure.legends[0].get_texts()}
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [f"{net}, {d}" for net in problems.PROBLEMS for d in ("float32", "float64")]
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
+    for axes in figure.axes:
+        marks = [line for line in axes.lines if line.get_marker() != "None"]
+        assert marks
+        assert {line.get_linestyle() for line in marks} == {"None"}
+
+
+def test_report_fills_the_page_and_draws_the_charts(report, tmp_path):
     (tmp_path / "docs").mkdir()
     for name in report.PAGES:
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
@@ -479,7 +604,7 @@ def test_report_fills_the_page_and_draws_the_charts(tmp_path):
     assert {"throughput.svg", "throughput.png", "torch-ratio.svg", "torch-ratio.png"} == set(charts)
     for name, content in charts.items():
         assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
-    for text in (b"prepared_numba", b"2-10-5-1, n = 100 000, float64"):
+    for text in (b"prepared call, numba", b"2-10-5-1, float64", b"n = 100 000"):
         assert text in charts["torch-ratio.svg"]
 
     report.main(arguments)  # again: the same page and the same charts

@@ -12,6 +12,7 @@ import pytest
 
 import mlp_backprop
 from mlp_backprop.activations import ACTIVATIONS
+from mlp_backprop.bench.contenders import CONTENDERS
 from mlp_backprop.bench.environment import environment
 from mlp_backprop.programs import cli, info
 from mlp_backprop.programs.verification import verify
@@ -278,7 +279,9 @@ def test_info_says_which_library_was_slow_to_import():
 
 
 RESULTS = {
+    "selection": "quick",
     "complete": True,
+    "seconds": 47.0,
     "import_seconds": 0.03,
     "cells": [
         {
@@ -316,8 +319,37 @@ def test_bench_shows_times_ratios_targets_and_who_is_missing(terminal, capsys, m
     assert cli.main(["bench", "--selection", "quick", "--json", str(path)]) == 0
     assert measured == {"selection": "quick", "path": path}
     shown = one_line(capsys.readouterr().out)
-    for text in ("prepared", "20.0", "10.00", "aim reached", "not here"):
+    for text in ("prepared call, numpy 20.0 µs 10.0x", "aim reached", "JAX: not here everywhere"):
         assert text in shown
+    assert shown.endswith("This run took 47 s, selection quick; claimed: under 60 s. ")
+
+
+@pytest.mark.parametrize(("columns", "n_tables"), [(80, 2), (140, 1), (40, 8)])
+def test_bench_has_a_block_per_net_and_whole_words(
+    columns, n_tables, capsys, measured, monkeypatch
+):
+    """Eight cells, four of them beside one another in 80 columns, all in 140."""
+    pytest.importorskip("rich", reason="rich is not installed")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    (cell,) = RESULTS["cells"]
+    timings = {name: {"median": 1.234e-2, "torch_ratio": 12.3, "error": 0.0} for name in CONTENDERS}
+    measured["results"] = RESULTS | {
+        "cells": [
+            cell | {"problem": net, "n": n, "dtype": dtype, "timings": timings}
+            for net in ("784-1024-1024-10", "2-10-5-1")
+            for n in (1, 1024, 100_000, 1_000_000)
+            for dtype in ("float32", "float64")
+        ]
+    }
+    assert cli.main(["bench", "--selection", "quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    for row in CONTENDERS.values():
+        beside = [line for line in lines if line.startswith(f"{row.words}  ")]
+        assert len(beside) == 2 * n_tables
+        assert all(line.count("12.3 ms 12.3x") == 8 // n_tables for line in beside)
+    assert "…" not in "".join(lines)
+    assert sum(line.startswith("784-1024-1024-10 ─") for line in lines) == 1
 
 
 def test_bench_draws_charts(measured, tmp_path):
