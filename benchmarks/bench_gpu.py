@@ -319,8 +319,8 @@ def main() -> None:
         record = measure(cell, rows, cupy.asarray, clock, is_over, free_memory)
         records[cell] = with_figures(joined(records.get(cell), record), limits)
         if path:
-            results = {**about, "includes": INCLUDES, "cells": list(records.values())}
-            bench_results.save(results, path)
+            results = {**about, "seconds": time.monotonic() - began, "includes": INCLUDES}
+            bench_results.save({**results, "cells": list(records.values())}, path)
     print(table(list(records.values())))
     print(legend(list(records.values())))
     for record in records.values():

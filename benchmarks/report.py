@@ -16,7 +16,7 @@ from mlp_backprop.bench import charts
 from mlp_backprop.bench import results as bench_results
 from mlp_backprop.bench import tables as bench_tables
 from mlp_backprop.bench.results import Results
-from mlp_backprop.bench.tables import Table
+from mlp_backprop.bench.tables import Texts
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("docs/benchmarks.md", "README.md")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     charts.draw(results, options.root / "docs/images")
 
 
-def tables(results: Results) -> dict[str, Table]:
+def tables(results: Results) -> dict[str, Texts]:
     """Every table of the page, by the name in its marker."""
     by_dtype = {
         "times": bench_tables.times_table,
@@ -64,12 +64,12 @@ def tables(results: Results) -> dict[str, Table]:
     }
 
 
-def filled(page: str, by_name: dict[str, Table]) -> str:
+def filled(page: str, by_name: dict[str, Texts]) -> str:
     """The page with its tables; a marker without a table is a KeyError."""
     return MARKED.sub(lambda found: f"{found[1]} -->\n{markdown(by_name[found[1]])}", page)
 
 
-def markdown(table: Table) -> str:
+def markdown(table: Texts) -> str:
     """A table as Markdown, the first column to the left, the others to the right."""
     lines = [table.head, ["---", *["---:"] * (len(table.head) - 1)], *table.rows]
     return "".join(f"| {' | '.join(cell.replace('|', '∣') for cell in line)} |\n" for line in lines)

@@ -35,13 +35,13 @@ from mlp_backprop.bench.problems import (
     included,
     tolerance,
 )
+from mlp_backprop.bench.results import Results
 from mlp_backprop.edge import validation
 from mlp_backprop.edge.arguments import table_row
 from mlp_backprop.edge.calls import quietly
 from mlp_backprop.nets.initial import init_params
 from mlp_backprop.types import Layer
 
-Results = dict[str, Any]  # as written to JSON
 Progress = Callable[[int, int, str], None]  # cells done, cells in all, the cell that comes now
 
 

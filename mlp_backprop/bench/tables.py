@@ -8,20 +8,20 @@ from mlp_backprop.bench.problems import spaced
 from mlp_backprop.bench.results import Results, duration, label_of, summary
 
 
-class Table(NamedTuple):
+class Texts(NamedTuple):
     """Texts to lay out: the first column to the left, the others to the right."""
 
     head: list[str]
     rows: list[list[str]]
 
 
-def summary_table(results: Results) -> Table:
+def summary_table(results: Results) -> Texts:
     """The targets."""
 
     def figure(value: float | None, unit: str) -> str:
         return "–" if value is None else f"{value:.3g} {unit}".replace(" x", "x").strip()
 
-    return Table(
+    return Texts(
         ["target", "must", "aim", "reached", "", "where"],
         [
             [
@@ -80,24 +80,24 @@ def _with_unit(seconds: float) -> str:
     return f"{_digits(seconds)} s"
 
 
-def times_table(results: Results, dtype: str) -> Table:
+def times_table(results: Results, dtype: str) -> Texts:
     """Medians in microseconds, a row per cell and a column per contender."""
     return _by_contender(results, dtype, lambda entry: _digits(entry["median"] * 1e6))
 
 
-def ratios_table(results: Results, dtype: str) -> Table:
+def ratios_table(results: Results, dtype: str) -> Texts:
     """How many times faster than torch; below 1 means slower."""
     return _by_contender(
         results, dtype, lambda e: f"{e['torch_ratio']:.2f}" if "torch_ratio" in e else "–"
     )
 
 
-def errors_table(results: Results, dtype: str) -> Table:
+def errors_table(results: Results, dtype: str) -> Texts:
     """Largest differences from the gradient in float64."""
     return _by_contender(results, dtype, lambda entry: f"{entry['error']:.0e}")
 
 
-def memory_table(results: Results) -> Table:
+def memory_table(results: Results) -> Texts:
     """Megabytes at the peak, beyond the data, in the cells where that was measured."""
 
     def megabytes(entry: Results) -> str:
@@ -112,7 +112,7 @@ def memory_table(results: Results) -> Table:
     return _by_contender(results | {"cells": measured}, "float32", megabytes)
 
 
-def missing_table(results: Results) -> Table:
+def missing_table(results: Results) -> Texts:
     """Who is missing where, and why."""
     where: dict[tuple[str, str], list[str]] = {}
     for cell in results["cells"]:
@@ -120,7 +120,7 @@ def missing_table(results: Results) -> Table:
             for name, reason in cell[kind].items():
                 where.setdefault((name, reason), []).append(label_of(cell))
     everywhere = len(results["cells"])
-    return Table(
+    return Texts(
         ["contender", "reason", "where"],
         [
             [
@@ -133,7 +133,7 @@ def missing_table(results: Results) -> Table:
     )
 
 
-def surroundings_table(results: Results) -> Table:
+def surroundings_table(results: Results) -> Texts:
     """Machine, versions and threads."""
     memory = results["machine"]["memory_bytes"]
     facts = {
@@ -145,10 +145,10 @@ def surroundings_table(results: Results) -> Table:
         **results["versions"],
         **{f"threads: {name}": value for name, value in results["threads"].items()},
     }
-    return Table(["", ""], [[name, str(value)] for name, value in facts.items() if value])
+    return Texts(["", ""], [[name, str(value)] for name, value in facts.items() if value])
 
 
-def _by_contender(results: Results, dtype: str, text: Callable[[Results], str]) -> Table:
+def _by_contender(results: Results, dtype: str, text: Callable[[Results], str]) -> Texts:
     cells = [cell for cell in results["cells"] if cell["dtype"] == dtype]
     names = [name for name in CONTENDERS if any(name in cell["timings"] for cell in cells)]
     rows = []
@@ -156,7 +156,7 @@ def _by_contender(results: Results, dtype: str, text: Callable[[Results], str]) 
         timings = cell["timings"]
         texts = [text(timings[name]) if name in timings else "–" for name in names]
         rows.append([cell["problem"], spaced(cell["n"]), *texts])
-    return Table(["net", "n", *(CONTENDERS[name].words for name in names)], rows)
+    return Texts(["net", "n", *(CONTENDERS[name].words for name in names)], rows)
 
 
 def _digits(value: float) -> str:

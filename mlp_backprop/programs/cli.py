@@ -77,9 +77,9 @@ def _bench(options: argparse.Namespace) -> int:
             sys.exit(f"mlp-backprop: {error}")
     with report.progress() as progress:
         results = main_grid(options.selection, path=options.json, progress=progress)
-    report.show_benchmarks(results)
-    if draw is not None:
+    if draw is not None:  # before a reader of the output can go away
         draw(results, options.plot)
+    report.show_benchmarks(results)
     if not results["complete"]:
         sys.stderr.write("mlp-backprop: interrupted; what was measured is kept\n")
         return 130
