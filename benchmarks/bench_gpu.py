@@ -35,7 +35,7 @@ from mlp_backprop.types import Layer, flat
 SECONDS = 440.0  # of all, under eight minutes; a torch.compile begun late may take some more
 EFFORT = grid.Effort(min_rounds=5, max_rounds=50, seconds=0.4)
 
-# Of the largest entry of each array, up to a million rows; beyond, as in bench.tolerance.
+# Of the largest entry of each array, up to a million rows; beyond, as in bench/problems.py.
 TOLERANCES = {"float32": 2e-3, "tf32": 5e-2, "bfloat16": 2e-1}
 
 
@@ -319,8 +319,8 @@ def main() -> None:
         record = measure(cell, rows, cupy.asarray, clock, is_over, free_memory)
         records[cell] = with_figures(joined(records.get(cell), record), limits)
         if path:
-            results = {**about, "includes": INCLUDES, "cells": list(records.values())}
-            bench_results.save(results, path)
+            results = {**about, "seconds": time.monotonic() - began, "includes": INCLUDES}
+            bench_results.save({**results, "cells": list(records.values())}, path)
     print(table(list(records.values())))
     print(legend(list(records.values())))
     for record in records.values():

@@ -12,6 +12,7 @@ mlp_backprop.bench.grid. Ratios are medians of the contenders over the median of
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -175,10 +176,13 @@ def main(
     parser.add_argument("--quick", action="store_true", help="see that it runs, not how fast")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
-    results: dict[str, Any] = {**bench_results.surroundings(), "cases": []}
+    results: dict[str, Any] = {**bench_results.surroundings(), "seconds": 0.0, "cases": []}
     results["versions"] |= {name: version(name) for name in PEERS if find_spec(PEERS[name])}
 
+    began = time.monotonic()
+
     def save() -> None:
+        results["seconds"] = time.monotonic() - began
         if options.json:
             bench_results.save(results, options.json)
 

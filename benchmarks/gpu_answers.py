@@ -22,10 +22,11 @@ from mlp_backprop import prepare_grads
 from mlp_backprop.bench import grid
 from mlp_backprop.bench import results as bench_results
 from mlp_backprop.bench.contenders import Answer, Task
+from mlp_backprop.bench.problems import Problem
 from mlp_backprop.types import flat
 
 NETS = tuple(
-    grid.Problem(sizes, "tanh", "softmax_cross_entropy")
+    Problem(sizes, "tanh", "softmax_cross_entropy")
     for sizes in ((2, 10, 5, 3), (64, 64, 10), (200, 130, 10))
 )
 

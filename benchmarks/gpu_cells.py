@@ -12,18 +12,18 @@ from typing import NamedTuple
 
 from gpu_contenders import COMPILED, QUICK
 
-from mlp_backprop.bench import grid as bench
 from mlp_backprop.bench import results as bench_results
 from mlp_backprop.bench.contenders import Ready
+from mlp_backprop.bench.problems import Problem
 
 NETS = {
     net.name: net
     for net in (
-        bench.Problem((2, 10, 5, 1), "sigmoid", "squared_error"),
-        bench.Problem((64, 64, 64, 1), "tanh", "squared_error"),
-        bench.Problem((784, 128, 64, 10), "relu", "softmax_cross_entropy"),
-        bench.Problem((784, 1024, 1024, 10), "relu", "softmax_cross_entropy"),
-        bench.Problem((4096,) * 5, "relu", "squared_error"),
+        Problem((2, 10, 5, 1), "sigmoid", "squared_error"),
+        Problem((64, 64, 64, 1), "tanh", "squared_error"),
+        Problem((784, 128, 64, 10), "relu", "softmax_cross_entropy"),
+        Problem((784, 1024, 1024, 10), "relu", "softmax_cross_entropy"),
+        Problem((4096,) * 5, "relu", "squared_error"),
     )
 }
 
@@ -41,7 +41,7 @@ ROWS = {
 class Cell(NamedTuple):
     """A net with n rows, in a precision; the arrays are float32."""
 
-    problem: bench.Problem
+    problem: Problem
     n: int
     precision: str
 

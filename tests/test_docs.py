@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import mlp_backprop
 from mlp_backprop import backprop
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.losses import LOSSES
@@ -59,3 +60,21 @@ def test_derivation_has_the_equations_of_the_code():
 @pytest.mark.parametrize("name", [*ACTIVATIONS, *LOSSES])
 def test_derivation_has_every_row_of_the_tables(name):
     assert f"| `{name}` |" in DERIVATION
+
+
+def test_version_and_date_are_the_same_everywhere():
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    unreleased, newest, *_ = re.findall(r"^## (.*)$", changes, re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    fields = dict(re.findall(r'^([a-z-]+): "?([^"\n]*)"?$', citation, re.MULTILINE))
+    assert unreleased == "Unreleased"
+    assert newest == f"{mlp_backprop.__version__} - {fields['date-released']}"
+    assert fields["version"] == mlp_backprop.__version__
+
+
+def test_pictures_of_the_readme_are_those_that_every_reader_shows():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert pictures
+    for picture in pictures:
+        assert picture.endswith(".png")
+        assert (ROOT / picture).exists()

@@ -172,29 +172,36 @@ IMPORTS = {
         "mlp_backprop types",
         "autograd jax numpy sklearn torch",
     ),
-    "bench.environment": (
-        "edge.backends engines.compiled.engine engines.threads mlp_backprop",
-        "numpy threadpoolctl",
-    ),
+    "bench.environment": ("edge.backends engines.threads mlp_backprop", "numpy threadpoolctl"),
     "bench.memory": ("", ""),
-    "bench.results": ("bench.contenders bench.environment bench.memory engines.threads", ""),
-    "bench.charts": ("bench.results", "matplotlib"),
+    "bench.problems": ("", ""),
+    "bench.results": (
+        "bench.contenders bench.environment bench.memory bench.problems engines.threads",
+        "",
+    ),
+    "bench.charts": ("bench.contenders bench.problems bench.results", "matplotlib"),
     "bench.grid": (
-        "backprop bench.contenders bench.memory bench.results edge.arguments edge.calls "
-        "edge.validation nets.initial types",
+        "backprop bench.contenders bench.memory bench.problems bench.results edge.arguments "
+        "edge.calls edge.validation nets.initial types",
         "numpy",
     ),
+    "bench.tables": ("bench.contenders bench.problems bench.results", ""),
     # programs
     "programs": ("", ""),
+    "programs.examples": ("nets.initial types", "numpy sklearn"),
+    "programs.info": ("bench.environment", ""),
     "programs.verification": (
         "checks.checking checks.torch_reference derivatives.gradients edge.backends "
-        "nets.initial types",
-        "numpy sklearn",
+        "edge.rules programs.examples types",
+        "numpy",
     ),
-    "programs.screens": ("bench.environment bench.results programs.verification", "numpy rich"),
+    "programs.screens": (
+        "bench.results bench.tables edge.backends programs.verification",
+        "numpy rich",
+    ),
     "programs.cli": (
-        "bench.charts bench.environment bench.grid mlp_backprop programs.screens "
-        "programs.verification",
+        "bench.charts bench.environment bench.grid edge.backends mlp_backprop programs.info "
+        "programs.screens programs.verification",
         "numpy",
     ),
     # __main__
@@ -225,7 +232,7 @@ ONLY_IN = {
     },
     "rich": {"programs.screens"},
     "scipy": {"derivatives.curvature"},
-    "sklearn": {"bench.contenders", "programs.verification"},
+    "sklearn": {"bench.contenders", "programs.examples"},
     "threadpoolctl": {"engines.threads", "bench.environment"},
     "torch": {"bench.contenders", "checks.torch_reference"},
 }

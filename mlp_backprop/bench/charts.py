@@ -1,20 +1,25 @@
 """Charts of benchmark results; the only file that imports matplotlib.
 
+Each is a panel per net and dtype with a line per number of rows, on which every contender has a
+mark: nothing is drawn where nothing was measured, and all panels have one scale.
+
 Colours are those of M. Okabe and K. Ito, "Color universal design" (2008), which colour-blind
 readers can tell apart; every contender has a marker of its own as well.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import Locator, LogLocator, NullFormatter
 
-from mlp_backprop.bench.results import Results, label_of
+from mlp_backprop.bench.contenders import CONTENDERS
+from mlp_backprop.bench.problems import spaced
+from mlp_backprop.bench.results import Results
 
-# Drawn in this order; the contenders left out here are in the tables.
+# Drawn in this order, all that the targets speak of among them; the others are in the tables.
 STYLES = {
     "torch": {"color": "#000000", "marker": "s"},
     "jax": {"color": "#E69F00", "marker": "^"},
@@ -22,7 +27,10 @@ STYLES = {
     "derivation": {"color": "#56B4E9", "marker": "D"},
     "prepared": {"color": "#0072B2", "marker": "o"},
     "prepared_numba": {"color": "#D55E00", "marker": "P"},
+    "bound_numba": {"color": "#009E73", "marker": "X"},
 }
+
+Value = Callable[[Results, str], float]  # of a cell and one of its contenders
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -40,64 +48,86 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def throughput(results: Results) -> Figure:
-    """Samples per second against the number of rows: a panel per net and dtype."""
-    dtypes = ("float32", "float64")
-    nets = list(dict.fromkeys(cell["problem"] for cell in results["cells"]))
-    figure = Figure(figsize=(8, 0.8 + 2.4 * len(nets)), layout="constrained")
-    panels = figure.subplots(len(nets), len(dtypes), sharex="row", sharey="row", squeeze=False)
-    for net, row in zip(nets, panels, strict=True):
-        for dtype, axes in zip(dtypes, row, strict=True):
-            cells = [
-                (cell["n"], cell["timings"])
-                for cell in results["cells"]
-                if (cell["problem"], cell["dtype"]) == (net, dtype)
-            ]
-            for name in STYLES:
-                points = [(n, n / by[name]["median"]) for n, by in cells if name in by]
-                _plot(axes, points, name, linestyle="-")
-            axes.set(xscale="log", yscale="log", title=f"{net}, {dtype}")
-        row[0].set_ylabel("samples / s")
-    for axes in panels[-1]:
-        axes.set_xlabel("rows n")
-    _legend(figure, panels.flat)
+    """Samples per second."""
+
+    def samples_per_second(cell: Results, name: str) -> float:
+        return float(cell["n"] / cell["timings"][name]["median"])
+
+    figure = _marks(results, list(STYLES), samples_per_second, "samples per second", LogLocator())
+    figure.suptitle("Samples per second: one loss and its gradient, more is better")
     return figure
 
 
 def torch_ratio(results: Results) -> Figure:
-    """How many times faster than torch: a line per cell, a vertical one where both are equal."""
-    cells = [cell for cell in results["cells"] if "torch" in cell["timings"]][::-1]
-    figure = Figure(figsize=(8, 1.4 + 0.26 * len(cells)), layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(1, color=STYLES["torch"]["color"], linewidth=1.5)
-    for name in STYLES:
-        points = [
-            (cell["timings"][name]["torch_ratio"], height)
-            for height, cell in enumerate(cells)
-            if name != "torch" and name in cell["timings"]
-        ]
-        _plot(axes, points, name, linestyle="")
-    axes.set_yticks(range(len(cells)), [label_of(cell) for cell in cells])
-    axes.set(xscale="log", xlabel="times faster than torch (left of the line: slower)")
-    axes.margins(y=0.02)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
-    _legend(figure, [axes])
+    """How many times faster than torch; torch itself is the vertical line."""
+
+    def ratio(cell: Results, name: str) -> float:
+        return float(cell["timings"][name]["torch_ratio"])
+
+    with_torch = [cell for cell in results["cells"] if "torch" in cell["timings"]]
+    figure = _marks(
+        results | {"cells": with_torch},
+        [name for name in STYLES if name != "torch"],
+        ratio,
+        "times faster than torch (left of the line: slower)",
+        LogLocator(subs=(1, 2, 5)),
+    )
+    for axes in figure.axes:
+        axes.axvline(1, color=STYLES["torch"]["color"], linewidth=1.5, zorder=1)
+        axes.xaxis.set_major_formatter("{x:g}")
+    figure.suptitle(
+        "Times faster than torch, eager with all its threads: one loss and its gradient"
+    )
     return figure
 
 
-def _plot(axes: Any, points: Sequence[tuple[float, float]], name: str, linestyle: str) -> None:
-    if points:
-        x, y = zip(*points, strict=True)
-        axes.plot(x, y, label=name, **STYLES[name], linestyle=linestyle, markersize=5, linewidth=1)
+def _marks(results: Results, names: list[str], value: Value, label: str, ticks: Locator) -> Figure:
+    """Nets from top to bottom and dtypes beside one another; a line per n, a mark per contender."""
+    dtypes = ("float32", "float64")
+    rows = {
+        net: sorted({c["n"] for c in results["cells"] if c["problem"] == net})
+        for net in dict.fromkeys(c["problem"] for c in results["cells"])
+    }
+    heights = [len(of_net) for of_net in rows.values()]
+    figure = Figure(figsize=(9, 1.5 + 0.45 * len(rows) + 0.24 * sum(heights)), layout="constrained")
+    panels = figure.subplots(
+        len(rows),
+        len(dtypes),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        height_ratios=[height + 0.6 for height in heights],
+    )
+    for (net, of_net), beside in zip(rows.items(), panels, strict=True):
+        for dtype, axes in zip(dtypes, beside, strict=True):
+            cells = [c for c in results["cells"] if (c["problem"], c["dtype"]) == (net, dtype)]
+            for name in names:
+                measured = [cell for cell in cells if name in cell["timings"]]
+                axes.plot(
+                    [value(cell, name) for cell in measured],
+                    [of_net.index(cell["n"]) for cell in measured],
+                    label=CONTENDERS[name].words,
+                    linestyle="",
+                    markersize=7,
+                    markeredgecolor="white",  # one mark over another is seen
+                    markeredgewidth=0.5,
+                    **STYLES[name],
+                )
+            _frame(axes, f"{net}, {dtype}", of_net)
+    for axes in panels[-1]:
+        axes.set(xscale="log", xlabel=label)
+        axes.xaxis.set_major_locator(ticks)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    handles, words = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, words, loc="outside lower center", ncols=4)
+    return figure
+
+
+def _frame(axes: Any, title: str, rows: list[int]) -> None:
+    """Net and dtype above, the numbers of rows on the left, the smallest on top."""
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_yticks(range(len(rows)), [f"n = {spaced(n)}" for n in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _legend(figure: Figure, panels: Any) -> None:
-    """One for the whole figure, without doubles."""
-    handles: dict[str, Any] = {}
-    for axes in panels:
-        lines, names = axes.get_legend_handles_labels()
-        handles |= dict(zip(names, lines, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=6)

@@ -53,7 +53,7 @@ class Ready(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """One row."""
+    """One row; files have the name, whoever reads has the words."""
 
     name: str
     library: str  # the distribution whose version counts
@@ -61,6 +61,7 @@ class Contender(NamedTuple):
     build: Callable[[Task], Ready]
     arrays: int = 0  # of n (d_1 + ... + d_L) numbers, held at the peak; 0: memory does not grow
     since: str = "quick"  # the smallest selection it takes part in
+    words: str = ""
 
 
 def _flat(layers: Params) -> list[Array]:
@@ -254,19 +255,42 @@ def _expressible(library: str, task: Task, criteria: dict[str, Any]) -> Any:
 CONTENDERS = {
     row.name: row
     for row in (
-        Contender("prepared", "mlp-backprop", "", partial(_prepared, "numpy")),
-        Contender("call", "mlp-backprop", "", partial(_call, "numpy")),
-        Contender("prepared_numba", "numba", "", partial(_prepared, "numba")),
-        Contender("bound_numba", "numba", "", partial(_bound, "numba")),
-        Contender("call_numba", "numba", "", partial(_call, "numba")),
-        Contender("derivation", "mlp-backprop", "", _derivation, arrays=5),
-        Contender("torch", "torch", "torch", _torch, arrays=3),
-        Contender("torch_1", "torch", "torch", partial(_torch, n_threads=1), arrays=3),
         Contender(
-            "torch_compile", "torch", "torch", partial(_torch, compiled=True), 3, since="full"
+            "prepared",
+            "mlp-backprop",
+            "",
+            partial(_prepared, "numpy"),
+            words="prepared call, numpy",
         ),
-        Contender("jax", "jax", "jax", _jax, arrays=3),
-        Contender("sklearn", "scikit-learn", "cli", _sklearn, arrays=3),
-        Contender("autograd", "autograd", "bench", _autograd, arrays=6),
+        Contender("call", "mlp-backprop", "", partial(_call, "numpy"), words="plain call, numpy"),
+        Contender(
+            "prepared_numba", "numba", "", partial(_prepared, "numba"), words="prepared call, numba"
+        ),
+        Contender("bound_numba", "numba", "", partial(_bound, "numba"), words="bound call, numba"),
+        Contender("call_numba", "numba", "", partial(_call, "numba"), words="plain call, numba"),
+        Contender(
+            "derivation", "mlp-backprop", "", _derivation, arrays=5, words="derivation, numpy"
+        ),
+        Contender("torch", "torch", "torch", _torch, arrays=3, words="torch"),
+        Contender(
+            "torch_1",
+            "torch",
+            "torch",
+            partial(_torch, n_threads=1),
+            arrays=3,
+            words="torch, one thread",
+        ),
+        Contender(
+            "torch_compile",
+            "torch",
+            "torch",
+            partial(_torch, compiled=True),
+            3,
+            since="full",
+            words="torch.compile",
+        ),
+        Contender("jax", "jax", "jax", _jax, arrays=3, words="JAX"),
+        Contender("sklearn", "scikit-learn", "cli", _sklearn, arrays=3, words="scikit-learn"),
+        Contender("autograd", "autograd", "bench", _autograd, arrays=6, words="HIPS autograd"),
     )
 }

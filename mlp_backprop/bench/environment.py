@@ -1,13 +1,14 @@
 """What this package runs on here: versions, BLAS, CPUs, backends; for `info` and bug reports."""
 
 import platform
+import time
 from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
 
 import mlp_backprop
-from mlp_backprop.edge.backends import BackendStatus, backends
+from mlp_backprop.edge.backends import BACKENDS, Backend, BackendStatus, status
 from mlp_backprop.engines.threads import thread_count, usable_cpus
 
 
@@ -19,26 +20,21 @@ class Blas(NamedTuple):
     threads: int | None
 
 
-class Compiled(NamedTuple):
-    """The numba engine: seconds of compiling, 0 if it came from the cache; where that is."""
-
-    seconds: float
-    cache_directory: str | None
-
-
 class Environment(NamedTuple):
-    """Everything `info` prints; `compiled` is None without Numba."""
+    """Everything `info` prints; `import_seconds` is by backend."""
 
     versions: dict[str, str]
     blas: Blas
     cpus: int
     threads: int
-    compiled: Compiled | None
     backends: list[BackendStatus]
+    import_seconds: dict[str, float]
 
 
 def environment() -> Environment:
-    """Look around; imports every backend that is installed."""
+    """Look around; imports every backend that is installed, and compiles nothing."""
+    blas = _blas()  # before the backends: their libraries bring a BLAS of their own
+    found = {row.name: _timed_status(row) for row in BACKENDS.values()}
     return Environment(
         versions={
             "mlp-backprop": mlp_backprop.__version__,
@@ -46,23 +42,17 @@ def environment() -> Environment:
             "NumPy": np.__version__,
             "array-api-compat": metadata.version("array-api-compat"),
         },
-        blas=_blas(),  # before backends(): their libraries bring a BLAS of their own
+        blas=blas,
         cpus=usable_cpus(),
         threads=thread_count(),
-        compiled=_compiled(),
-        backends=backends(),
+        backends=[backend for backend, _ in found.values()],
+        import_seconds={name: seconds for name, (_, seconds) in found.items()},
     )
 
 
-def _compiled() -> Compiled | None:
-    """Compile the numba engine's pass for both float types, unless the cache has it already."""
-    try:
-        from mlp_backprop.engines.compiled import engine
-    except ImportError:
-        return None
-    for dtype in (np.float32, np.float64):
-        engine.compiled_pass(np.dtype(dtype))
-    return Compiled(*engine.compile_info())
+def _timed_status(row: Backend) -> tuple[BackendStatus, float]:
+    began = time.perf_counter()
+    return status(row), time.perf_counter() - began
 
 
 def _blas() -> Blas:

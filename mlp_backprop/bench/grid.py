@@ -1,9 +1,9 @@
-"""The benchmarks: one table of problems, one check of the answer, one timer, one grid.
+"""The benchmarks: one check of the answer, one timer, one grid.
 
-The contenders stand in bench/contenders.py. A cell is a problem with a number of rows and a
-dtype. There every contender answers first and is compared with the derivation in float64; those
-that are right are timed in turns, round by round, so that whatever else the machine does falls
-on all of them alike. Ratios are quoted from this timer alone.
+The problems stand in bench/problems.py, the contenders in bench/contenders.py. A cell is a problem
+with a number of rows and a dtype. There every contender answers first and is compared with the
+derivation in float64; those that are right are timed in turns, round by round, so that whatever
+else the machine does falls on all of them alike. Ratios are quoted from this timer alone.
 
     results = main_grid("quick")
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -26,108 +26,23 @@ from mlp_backprop import backprop
 from mlp_backprop.bench import memory as bench_memory
 from mlp_backprop.bench import results as bench_results
 from mlp_backprop.bench.contenders import CONTENDERS, Answer, Contender, Ready, Task
+from mlp_backprop.bench.problems import (
+    PROBLEMS,
+    SELECTIONS,
+    Cell,
+    Effort,
+    cells,
+    included,
+    tolerance,
+)
+from mlp_backprop.bench.results import Results
 from mlp_backprop.edge import validation
 from mlp_backprop.edge.arguments import table_row
 from mlp_backprop.edge.calls import quietly
 from mlp_backprop.nets.initial import init_params
 from mlp_backprop.types import Layer
 
-Results = dict[str, Any]  # as written to JSON
 Progress = Callable[[int, int, str], None]  # cells done, cells in all, the cell that comes now
-
-
-class Effort(NamedTuple):
-    """How long a cell is measured: rounds until the seconds are over, within these limits."""
-
-    min_rounds: int
-    max_rounds: int
-    seconds: float
-
-
-# From small to large; each has all that the smaller ones have.
-SELECTIONS = {
-    "quick": Effort(min_rounds=3, max_rounds=20, seconds=0.3),
-    "default": Effort(min_rounds=7, max_rounds=200, seconds=15.0),
-    "full": Effort(min_rounds=5, max_rounds=200, seconds=15.0),
-}
-
-
-class Problem(NamedTuple):
-    """One row: a net, its loss, and the numbers of rows that each selection adds."""
-
-    sizes: tuple[int, ...]
-    activation: str
-    loss: str
-    quick: tuple[int, ...] = ()
-    default: tuple[int, ...] = ()
-    full: tuple[int, ...] = ()
-    memory: tuple[int, ...] = ()  # with these, in float32, peak memory is measured too
-
-    @property
-    def name(self) -> str:
-        return "-".join(map(str, self.sizes))
-
-    def rows(self, selection: str) -> list[int]:
-        """All n of a selection."""
-        return sorted(n for s in SELECTIONS if included(s, selection) for n in getattr(self, s))
-
-
-REGRESSION = ("sigmoid", "squared_error")
-CLASSES = ("relu", "softmax_cross_entropy")
-
-PROBLEMS = {
-    row.name: row
-    for row in (
-        Problem(
-            (2, 10, 5, 1),
-            *REGRESSION,
-            quick=(1, 1024),
-            default=(100_000, 1_000_000),
-            full=(10_000_000,),
-            memory=(1_000_000, 10_000_000),
-        ),
-        Problem((8, 32, 32, 1), *REGRESSION, quick=(1024,), default=(1, 100_000)),
-        Problem((64, 64, 64, 1), *REGRESSION, quick=(64,), default=(1024, 100_000)),
-        Problem((784, 128, 64, 10), *CLASSES, quick=(128,), default=(8192,)),
-        Problem((784, 1024, 1024, 10), *CLASSES, default=(1024,), full=(100_000,)),
-    )
-}
-
-# Of the largest entry of each array, for up to a million rows. Beyond it they grow with n, as the
-# rounding of a plain sum does: with ten million rows torch's float32 is off by 1.5e-2.
-TOLERANCES = {"float32": 2e-3, "float64": 1e-9}
-
-
-class Cell(NamedTuple):
-    """A problem with n rows, in a dtype."""
-
-    problem: Problem
-    n: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return bench_results.label(self.problem.name, self.n, self.dtype)
-
-
-def tolerance(cell: Cell) -> float:
-    """How far an answer may be off."""
-    return TOLERANCES[cell.dtype] * max(1, cell.n / 10**6)
-
-
-def included(since: str, selection: str) -> bool:
-    """Whether what comes in with one selection belongs to another."""
-    order = list(SELECTIONS)
-    return order.index(since) <= order.index(selection)
-
-
-def cells(selection: str) -> list[Cell]:
-    """The grid, of one of SELECTIONS."""
-    return [
-        Cell(problem, n, dtype)
-        for problem in PROBLEMS.values()
-        for n in problem.rows(selection)
-        for dtype in TOLERANCES
-    ]
 
 
 def make_task(cell: Cell) -> Task:
@@ -272,6 +187,7 @@ def measure(
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Results:
     """One cell: who is in, whose answer is right, and how long each takes."""
+    began = time.monotonic()
     task = make_task(cell)
     expected = reference(task)
     ready: dict[str, Ready] = {}
@@ -300,6 +216,7 @@ def measure(
         "problem": cell.problem.name,
         "n": cell.n,
         "dtype": cell.dtype,
+        "seconds": time.monotonic() - began,
         "timings": timings,
         "skipped": skipped,
         "failed": failed,
@@ -368,7 +285,7 @@ def main_grid(
     Parameters
     ----------
     selection : {"quick", "default", "full"}
-        Under a minute; under a quarter of an hour; all of it.
+        Under a minute; under fifteen minutes; all of it.
     path : Path, optional
         A JSON file, written after every cell.
     progress : callable, optional
@@ -382,9 +299,11 @@ def main_grid(
     effort = table_row("selection", selection, SELECTIONS)
     contenders = [row for row in CONTENDERS.values() if included(row.since, selection)]
     grid = cells(selection)
-    results = {
+    began = time.monotonic()
+    results: Results = {
         "selection": selection,
         "complete": False,
+        "seconds": 0.0,
         **bench_results.surroundings(),
         "import_seconds": import_seconds(),
         "cells": [],
@@ -395,6 +314,7 @@ def main_grid(
                 progress(done, len(grid), str(cell))
             results["cells"].append(measure(cell, contenders, effort))
             results["complete"] = done + 1 == len(grid)
+            results["seconds"] = time.monotonic() - began
             if path is not None:
                 bench_results.save(results, path)
     except KeyboardInterrupt:

@@ -2,18 +2,19 @@
 
 A results file is JSON:
 
-    selection, complete, date, machine, versions, threads, import_seconds
-    cells: [{problem, n, dtype,
+    selection, complete, seconds (of the run), date, machine, versions, threads, import_seconds
+    cells: [{problem, n, dtype, seconds,
              timings: {contender: {median, quartiles, rounds (seconds per call),
                                    torch_ratio, torch_ratio_by_round (above 1: faster than torch),
                                    error, first_call, peak_bytes where it was measured}},
              skipped: {contender: reason},
              failed: {contender: reason}}]
 
-`summary` holds it against the targets; the tables are for terminals and pages alike.
+`summary` holds it against the targets; bench/tables.py makes texts of it.
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 from mlp_backprop.bench import memory as bench_memory
 from mlp_backprop.bench.contenders import CONTENDERS
 from mlp_backprop.bench.environment import environment
+from mlp_backprop.bench.problems import CLAIMED_SECONDS, PROBLEMS, label
 from mlp_backprop.engines import threads
 
 Results = dict[str, Any]
@@ -84,9 +86,21 @@ def merged(files: list[Results]) -> Results:
     for results in files:
         for cell in results["cells"]:
             cells.setdefault(label_of(cell), cell)
-    nets = list(dict.fromkeys(cell["problem"] for cell in cells.values()))
+    nets = list(PROBLEMS)
     in_order = sorted(cells.values(), key=lambda cell: (nets.index(cell["problem"]), cell["n"]))
     return files[0] | {"cells": in_order}
+
+
+def duration(results: Results) -> str:
+    """How long the run took, beside what is claimed of it."""
+    claimed = CLAIMED_SECONDS.get(results["selection"])
+    taken = f"{results['seconds']:.0f} s, selection {results['selection']}"
+    return taken if claimed is None else f"{taken}; claimed: under {claimed} s"
+
+
+def too_long(results: Results) -> bool:
+    """Whether the run took longer than is claimed of its selection."""
+    return bool(results["seconds"] >= CLAIMED_SECONDS.get(results["selection"], math.inf))
 
 
 # --- targets ---------------------------------------------------------------------------------
@@ -115,13 +129,8 @@ class Target(NamedTuple):
         return "reached" if sign * value >= sign * self.must else "missed"
 
 
-def label(problem: str, n: int, dtype: str) -> str:
-    """The name of a cell, as it is read."""
-    return f"{problem}, n = {_digits(n)}, {dtype}"
-
-
 def label_of(cell: Results) -> str:
-    """The same, of a cell of the results."""
+    """The name of a cell of the results, as it is read."""
     return label(cell["problem"], cell["n"], cell["dtype"])
 
 
@@ -153,7 +162,7 @@ def _worst(found: Ratios) -> Reached:
 def _largest(results: Results, n: int, key: str, scale: float = 1.0) -> Reached:
     """Of an entry of our engines, on 2-10-5-1 in float32."""
     entries = [
-        (cell["timings"][name][key] * scale, name)
+        (cell["timings"][name][key] * scale, CONTENDERS[name].words)
         for cell in results["cells"]
         if (cell["problem"], cell["n"], cell["dtype"]) == ("2-10-5-1", n, "float32")
         for name in OURS
@@ -256,113 +265,3 @@ def summary(results: Results) -> list[Results]:
             }
         )
     return rows
-
-
-# --- tables ----------------------------------------------------------------------------------
-
-
-class Table(NamedTuple):
-    """Texts to lay out: the first column to the left, the others to the right."""
-
-    head: list[str]
-    rows: list[list[str]]
-
-
-def summary_table(results: Results) -> Table:
-    """The targets."""
-
-    def figure(value: float | None, unit: str) -> str:
-        return "–" if value is None else f"{value:.3g} {unit}".replace(" x", "x").strip()
-
-    return Table(
-        ["target", "must", "aim", "reached", "", "where"],
-        [
-            [
-                row["target"],
-                *(figure(row[key], row["unit"]) for key in ("must", "aim", "reached")),
-                row["verdict"] or "",
-                row["where"],
-            ]
-            for row in summary(results)
-        ],
-    )
-
-
-def times_table(results: Results, dtype: str) -> Table:
-    """Medians in microseconds, a row per cell and a column per contender."""
-    return _by_contender(results, dtype, lambda entry: _digits(entry["median"] * 1e6))
-
-
-def ratios_table(results: Results, dtype: str) -> Table:
-    """How many times faster than torch; below 1 means slower."""
-    return _by_contender(
-        results, dtype, lambda e: f"{e['torch_ratio']:.2f}" if "torch_ratio" in e else "–"
-    )
-
-
-def errors_table(results: Results, dtype: str) -> Table:
-    """Largest differences from the gradient in float64."""
-    return _by_contender(results, dtype, lambda entry: f"{entry['error']:.0e}")
-
-
-def memory_table(results: Results) -> Table:
-    """Megabytes at the peak, beyond the data, in the cells where that was measured."""
-
-    def megabytes(entry: Results) -> str:
-        size = entry.get("peak_bytes")
-        return "–" if size is None else _digits(size / 1e6)
-
-    measured = [
-        cell
-        for cell in results["cells"]
-        if any("peak_bytes" in entry for entry in cell["timings"].values())
-    ]
-    return _by_contender(results | {"cells": measured}, "float32", megabytes)
-
-
-def missing_table(results: Results) -> Table:
-    """Who is missing where, and why."""
-    where: dict[tuple[str, str], list[str]] = {}
-    for cell in results["cells"]:
-        for kind in ("skipped", "failed"):
-            for name, reason in cell[kind].items():
-                where.setdefault((name, reason), []).append(label_of(cell))
-    everywhere = len(results["cells"])
-    return Table(
-        ["contender", "reason", "where"],
-        [
-            [name, reason, "everywhere" if len(cells) == everywhere else "; ".join(cells)]
-            for (name, reason), cells in where.items()
-        ],
-    )
-
-
-def surroundings_table(results: Results) -> Table:
-    """Machine, versions and threads."""
-    memory = results["machine"]["memory_bytes"]
-    facts = {
-        "date": results["date"],
-        "CPU": f"{results['machine']['cpu']}, {results['machine']['cpus']} usable",
-        "memory": "–" if memory is None else f"{memory / 1e9:.0f} GB",
-        "system": results["machine"]["system"],
-        **results["versions"],
-        **{f"threads: {name}": value for name, value in results["threads"].items()},
-    }
-    return Table(["", ""], [[name, str(value)] for name, value in facts.items() if value])
-
-
-def _by_contender(results: Results, dtype: str, text: Callable[[Results], str]) -> Table:
-    cells = [cell for cell in results["cells"] if cell["dtype"] == dtype]
-    names = [name for name in CONTENDERS if any(name in cell["timings"] for cell in cells)]
-    rows = []
-    for cell in cells:
-        timings = cell["timings"]
-        texts = [text(timings[name]) if name in timings else "–" for name in names]
-        rows.append([cell["problem"], _digits(cell["n"]), *texts])
-    return Table(["net", "n", *names], rows)
-
-
-def _digits(value: float) -> str:
-    """Three digits at least, and spaces between thousands: 12.3, 1 234; integers as they are."""
-    decimals = max(0, 3 - len(str(int(value)))) if isinstance(value, float) else 0
-    return f"{value:_.{decimals}f}".replace("_", " ")

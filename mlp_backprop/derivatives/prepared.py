@@ -211,7 +211,7 @@ class PreparedGrads:
         out: Params | None = None,
     ) -> LossAndGrads:
         """Loss and gradients, as `compute_grads` gives them."""
-        given: Any = self._unwrapped(params), X, y, sample_weight
+        given: tuple[Any, Any, Any, Any] = self._unwrapped(params), X, y, sample_weight
         targets: Any = self._unwrapped(out)
         seen = None
         if self._kinds.fit(*given) and (out is None or self._kinds.fit_grads(targets)):

@@ -124,10 +124,11 @@ def backends() -> list[BackendStatus]:
     >>> backends()[0].name, backends()[0].usable
     ('numpy', True)
     """
-    return [_status(row) for row in BACKENDS.values()]
+    return [status(row) for row in BACKENDS.values()]
 
 
-def _status(row: Backend) -> BackendStatus:
+def status(row: Backend) -> BackendStatus:
+    """That of one backend; imports its library."""
     try:
         namespace(row.name)
     except ImportError as error:

@@ -1,11 +1,13 @@
 """The program `mlp-backprop`, also `python -m mlp_backprop`: arguments in, exit status out.
 
 What is computed is in verification.py, bench/environment.py and bench/grid.py; what is shown, in
-screens.py, which is imported only to show something: --json works without rich.
+info.py and screens.py. The latter is imported only to show something: all else works without rich.
 """
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +18,8 @@ import numpy as np
 
 import mlp_backprop
 from mlp_backprop.bench.environment import environment
+from mlp_backprop.edge.backends import BACKENDS
+from mlp_backprop.programs import info
 from mlp_backprop.programs.verification import verify
 
 
@@ -26,18 +30,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    return int(COMMANDS[options.command](options))
+    try:
+        status = int(COMMANDS[options.command](options))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has enough, as `head` does
+        # What is left in the buffer goes nowhere when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    return status
+
+
+READER_GONE = 128 + 13  # as a shell reports a program that SIGPIPE has ended
 
 
 def _info(options: argparse.Namespace) -> int:
-    show = _print_json if options.json else _report("; or --json").show
-    show(environment())
+    result = environment()
+    if options.json:
+        _print_json(result)
+    else:
+        sys.stdout.write(info.text(result, shutil.get_terminal_size().columns))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    show = _print_json if options.json else _report("; or --json").show
-    result = verify(options.seed)
+    show = _print_json if options.json else _report("; or --json").show_verification
+    # JAX reads this when it is imported, later on: without it, it has no float64.
+    os.environ.setdefault("JAX_ENABLE_X64", "1")
+    try:
+        result = verify(options.seed, options.backend)
+    except ImportError as error:
+        sys.exit(f"mlp-backprop: {error}")
     show(result)
     return 0 if result.passed else 1
 
@@ -55,9 +77,9 @@ def _bench(options: argparse.Namespace) -> int:
             sys.exit(f"mlp-backprop: {error}")
     with report.progress() as progress:
         results = main_grid(options.selection, path=options.json, progress=progress)
-    report.show_benchmarks(results)
-    if draw is not None:
+    if draw is not None:  # before a reader of the output can go away
         draw(results, options.plot)
+    report.show_benchmarks(results)
     if not results["complete"]:
         sys.stderr.write("mlp-backprop: interrupted; what was measured is kept\n")
         return 130
@@ -81,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON, every digit of it")
     command.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="draws nets and sample (default: 0)"
+    )
+    command.add_argument(
+        "--backend",
+        choices=list(BACKENDS),
+        help="what computes the gradients, in all its precisions, beside NumPy in float64 too",
     )
     summary = "show versions, BLAS, CPUs and the backends usable here"
     command = commands.add_parser("info", help=summary, description=summary)

@@ -11,19 +11,15 @@ from itertools import zip_longest
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from mlp_backprop.bench.environment import Environment
-from mlp_backprop.bench.results import (
-    Results,
-    missing_table,
-    ratios_table,
-    summary_table,
-    times_table,
-)
-from mlp_backprop.bench.results import Table as Texts
+from mlp_backprop.bench import results as bench_results
+from mlp_backprop.bench import tables
+from mlp_backprop.bench.results import Results
+from mlp_backprop.edge.backends import BackendStatus
 from mlp_backprop.programs import verification
 from mlp_backprop.programs.verification import Comparison, Verification, Worked
 
@@ -43,29 +39,35 @@ TEXTS = {
     "layers, softmax cross entropy, mean over the images.",
 }
 
-# Examples shown entry by entry, and the headings of their columns: the reference's, and ours.
-HEADINGS = {
-    "assignment": ("by PyTorch", "by hand"),
-    "published": ("printed", "computed"),
-}
+BENCH = (
+    "The time of one loss and its gradient, and how many times faster than torch, with all its "
+    "threads, that is: below 1 is slower."
+)
+
+# Examples that are small enough to be shown entry by entry.
+BY_ENTRY = ("assignment", "published")
 
 # Of one block of entries: index, two numbers and their difference. Two blocks fit into 80 columns.
 WIDTHS = (6, 10, 10, 7)
 GAP = 2
+
+# Of a table of differences: name and shape of the array, and each comparison.
+SHAPES_WIDTH = 18
+COMPARISON_WIDTH = 19
+
+# Of a block of the benchmarks: a contender's words, and a cell, 44.5 µs 4.23x.
+NAME_WIDTH = 20
+CELL_WIDTH = 13 + GAP
+
+INDENTED = (0, 0, 0, 4)
 BLOCK_WIDTH = sum(WIDTHS) + GAP * len(WIDTHS)
 
 
-def show(result: Verification | Environment) -> None:
-    """Print what `verify` or `environment` found out."""
-    # Square brackets are indices and names of extras here, not markup.
-    console = Console(markup=False, emoji=False, highlight=False)
-    if isinstance(result, Verification):
-        _show_verification(console, result)
-    else:
-        _show_environment(console, result)
-
-
-def _show_verification(console: Console, result: Verification) -> None:
+def show_verification(result: Verification) -> None:
+    """Print what `verify` found out."""
+    console = _console()
+    if result.backend is not None:
+        _show_backend(console, result.backend)
     for example, title in TITLES.items():
         console.rule(title, align="left", style="dim")
         console.print(TEXTS[example], "", sep="\n")
@@ -79,10 +81,17 @@ def _show_verification(console: Console, result: Verification) -> None:
         if "torch" in result.missing and example != "published":
             note = f"No column by PyTorch: {result.missing['torch']}."
             console.print(note, "", sep="\n", style="yellow")
-        if example in HEADINGS:
-            _show_entries(console, comparisons[0])
-        _show_differences(console, comparisons)
+        if example in BY_ENTRY:
+            _show_entries(console, comparisons[0], result.backend)
+        for measure in dict.fromkeys(c.measure for c in comparisons):
+            _show_differences(console, [c for c in comparisons if c.measure == measure])
     _show_verdict(console, result)
+
+
+def _show_backend(console: Console, backend: BackendStatus) -> None:
+    devices = ", ".join(backend.devices)
+    text = f"Gradients by backend {backend.name} {backend.version}; its devices here: {devices}."
+    console.print(text, "", sep="\n")
 
 
 def _show_pass(console: Console, worked: Worked) -> None:
@@ -98,12 +107,16 @@ def _show_pass(console: Console, worked: Worked) -> None:
     table = _table("unit", *columns)
     for unit, row in enumerate(zip_longest(*columns.values(), fillvalue="")):
         table.add_row(f"[{unit}]", *row)
-    console.print(f"Forward pass, {example.dtype}:", "", table, "", sep="\n")
+    console.print(f"Forward pass, by NumPy in {example.dtype}:", "", table, "", sep="\n")
 
 
-def _show_entries(console: Console, comparison: Comparison) -> None:
+def _show_entries(console: Console, comparison: Comparison, backend: BackendStatus | None) -> None:
     """Every entry of the gradient beside the reference's, in blocks beside one another."""
-    console.print(f"Gradients, {comparison.dtype}:", "", sep="\n")
+    headings = "printed", "computed"
+    if comparison.example == "assignment":
+        theirs, _, _ = comparison.reference.partition(" ")
+        headings = f"by {theirs}", f"by {backend.name}" if backend else "by hand"
+    console.print(f"Gradients, {comparison.precision}:", "", sep="\n")
     n_blocks = max(1, (console.width + GAP) // BLOCK_WIDTH)
     for table in comparison.tables:
         indices = list(np.ndindex(table.computed.shape))
@@ -111,7 +124,7 @@ def _show_entries(console: Console, comparison: Comparison) -> None:
         blocks = Table.grid(padding=(0, GAP))
         blocks.add_row(
             *(
-                _block(table, HEADINGS[comparison.example], indices[start : start + n_rows])
+                _block(table, headings, indices[start : start + n_rows])
                 for start in range(0, len(indices), n_rows)
             )
         )
@@ -137,15 +150,24 @@ def _block(
 
 def _show_differences(console: Console, comparisons: list[Comparison]) -> None:
     """The largest difference in every array, and the tolerance: one column per comparison."""
-    table = _table("array", "shape", *(f"{c.reference}\n{c.dtype}" for c in comparisons))
-    for tables in zip(*(c.tables for c in comparisons), strict=True):
-        shape = " x ".join(map(str, tables[0].computed.shape))
-        table.add_row(tables[0].name, shape, *(_small(t.difference) for t in tables))
-    table.add_section()
-    table.add_row("tolerance", "", *(_small(c.tolerance) for c in comparisons))
-    table.add_row("", "", *(_mark(c.passed) for c in comparisons))
-    measure = comparisons[0].measure
-    console.print(f"Largest {measure} difference:", "", table, "", sep="\n")
+    relative = ", relative to the largest entry" if comparisons[0].measure == "relative" else ""
+    console.print(f"Largest difference{relative}:", "", sep="\n")
+    for start, end in _parts(len(comparisons), (console.width - SHAPES_WIDTH) // COMPARISON_WIDTH):
+        shown = comparisons[start:end]
+        table = _table("array", "shape", *(f"{c.reference}\n{c.precision}" for c in shown))
+        for row in zip(*(c.tables for c in shown), strict=True):
+            shape = " x ".join(map(str, row[0].computed.shape))
+            table.add_row(row[0].name, shape, *(_small(t.difference) for t in row))
+        table.add_section()
+        table.add_row("tolerance", "", *(_small(c.tolerance) for c in shown))
+        table.add_row("", "", *(_mark(c.passed) for c in shown))
+        console.print(table, "", sep="\n")
+
+
+def _parts(n: int, most: int) -> Iterator[tuple[int, int]]:
+    """Start and end of parts of about equal size, with at most so many (and at least one) each."""
+    size = math.ceil(n / math.ceil(n / max(1, most)))
+    return ((start, min(start + size, n)) for start in range(0, n, size))
 
 
 def _show_verdict(console: Console, result: Verification) -> None:
@@ -158,7 +180,7 @@ def _show_verdict(console: Console, result: Verification) -> None:
                 if not table.difference <= c.tolerance  # nan is not below any tolerance
             )
             console.print(
-                f"{c.example}, {c.reference}, {c.dtype}: above the tolerance of "
+                f"{c.example}, {c.reference}, {c.precision}: above the tolerance of "
                 f"{_small(c.tolerance)} are {', '.join(differences)}",
                 style="red",
             )
@@ -172,31 +194,12 @@ def _show_verdict(console: Console, result: Verification) -> None:
 
 
 def _largest(comparisons: list[Comparison]) -> str:
-    """The largest difference from each reference in each dtype, over all examples."""
+    """The largest difference from each reference in each precision, over all examples."""
     largest: dict[str, float] = {}
     for c in comparisons:
-        kind = f"{c.reference} ({c.dtype})"
+        kind = f"{c.reference} ({c.precision})"
         largest[kind] = float(np.maximum(c.difference, largest.get(kind, 0.0)))
     return ", ".join(f"{kind} {_small(difference)}" for kind, difference in largest.items())
-
-
-def _show_environment(console: Console, result: Environment) -> None:
-    for name, version in result.versions.items():
-        console.print(f"{name} {version}")
-    blas = result.blas
-    threads = "" if blas.threads is None else f", {blas.threads} threads"
-    console.print(f"BLAS {blas.name} {blas.version}{threads}")
-    console.print(f"CPUs for this process: {result.cpus}; threads for a call: {result.threads}")
-    if result.compiled is not None:
-        seconds, directory = result.compiled
-        origin = f"compiled in {seconds:.1f} s" if seconds else "from the cache"
-        console.print(f"numba engine: {origin}, kept in {directory or 'no cache'}")
-    console.print()
-    table = _table("backend", "version", "devices, or why it is not usable", justify="left")
-    for backend in result.backends:
-        note = ", ".join(backend.devices) if backend.usable else backend.reason
-        table.add_row(backend.name, backend.version or "", note)
-    console.print(table)
 
 
 @contextmanager
@@ -219,21 +222,48 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
 
 
 def show_benchmarks(results: Results) -> None:
-    """The times, how many times faster than torch that is, the targets, and who is missing."""
-    console = Console(markup=False, emoji=False, highlight=False)
-    for dtype in ("float32", "float64"):
-        _show_texts(console, f"Microseconds per call, {dtype}", times_table(results, dtype))
-        _show_texts(console, f"Times faster than torch, {dtype}", ratios_table(results, dtype))
-    _show_texts(console, "Targets", summary_table(results))
-    _show_texts(console, "Left out", missing_table(results))
+    """A block for each net, the targets, who is missing, and how long it took."""
+    console = _console()
+    console.print(BENCH, "", sep="\n")
+    for block in tables.blocks(results):
+        _show_block(console, block)
+    _show_targets(console, results)
+    _show_missing(console, results)
+    style = "yellow" if bench_results.too_long(results) else ""
+    console.print(f"This run took {bench_results.duration(results)}.", style=style)
 
 
-def _show_texts(console: Console, title: str, texts: Texts) -> None:
-    console.rule(title, align="left", style="dim")
-    table = _table(*texts.head)
-    for row in texts.rows:
-        table.add_row(*row)
-    console.print(table, "", sep="\n")
+def _show_block(console: Console, block: tables.Block) -> None:
+    """One net, contenders down, as many cells beside one another as there is room for."""
+    console.rule(block.net, align="left", style="dim")
+    for start, end in _parts(len(block.columns), (console.width - NAME_WIDTH) // CELL_WIDTH):
+        table = _table("", *block.columns[start:end])
+        for words, texts in block.rows:
+            table.add_row(words, *texts[start:end])
+        console.print(table, "", sep="\n")
+
+
+def _console() -> Console:
+    """Square brackets are indices and names of extras here, not markup."""
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+def _show_targets(console: Console, results: Results) -> None:
+    console.rule("Targets", align="left", style="dim")
+    for target, must, aim, reached, verdict, where in tables.summary_table(results).rows:
+        style = {"": "dim", "missed": "red"}.get(verdict, "green")
+        console.print(f"{target}: {reached} {verdict}".rstrip(), style=style)
+        console.print(Padding(f"must {must}, aim {aim}; {where}", INDENTED))
+    console.print()
+
+
+def _show_missing(console: Console, results: Results) -> None:
+    missing = tables.missing_table(results).rows
+    if missing:
+        console.rule("Left out", align="left", style="dim")
+    for words, reason, where in missing:
+        console.print(f"{words}: {reason}")
+        console.print(Padding(where, INDENTED), "")
 
 
 def _table(

@@ -7,13 +7,12 @@ Three comparisons, returned as plain data for whoever prints them:
     digits       a 64-32-16-10 net on scikit-learn's handwritten digits   torch autograd
 
 Without torch its place is taken by central differences; without scikit-learn the digits are left
-out. `missing` then says so. The only file that imports scikit-learn.
+out. `missing` then says so. Where a backend is named, it computes all three in every precision that
+it has, and NumPy in float64 stands beside them too.
 """
 
-import json
 import math
-from collections.abc import Iterator
-from importlib import resources
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,24 +21,37 @@ from mlp_backprop.checks.checking import TOLERANCES as DIFFERENCE_TOLERANCES
 from mlp_backprop.checks.checking import check_grads
 from mlp_backprop.derivatives.gradients import Trace, compute_grads, trace
 from mlp_backprop.edge import backends
-from mlp_backprop.nets.initial import init_params
-from mlp_backprop.types import Array, Layer, LossName
+from mlp_backprop.edge.backends import BACKENDS, BackendStatus
+from mlp_backprop.edge.rules import PRECISIONS
+from mlp_backprop.programs import examples
+from mlp_backprop.programs.examples import Example
+from mlp_backprop.types import Array, Layer
 
 TORCH_TOLERANCES = {"float32": 1e-6, "float64": 1e-12}
 
+# By precision, and relative to the largest entry of each array. Factors that are rounded, and
+# nothing else, come to 1.5e-3 in tf32 and 1.6e-2 in bfloat16 on these nets.
+BACKEND_TOLERANCES = {
+    "float32": 2e-5,
+    "float32_exact": 2e-5,
+    "tf32": 5e-3,
+    "bfloat16": 5e-2,
+    "float64": 1e-12,
+}
+
 # Printed numbers are rounded to 5e-8; the tables by hand differ from PyTorch's by 1e-7 in places.
-PRINTED_TOLERANCES = {"pytorch": 1e-7, "by_hand": 1.5e-7}
+PRINTED = {"pytorch": ("tables by PyTorch", 1e-7), "by_hand": ("tables by hand", 1.5e-7)}
 
 
-class Example(NamedTuple):
-    """A net with sigmoid hidden layers, and its data."""
+class Way(NamedTuple):
+    """How gradients are computed: one of PRECISIONS means float32, the other one is "float64"."""
 
-    name: str
-    dtype: str
-    params: list[Layer]
-    X: Array
-    y: Array
-    loss: LossName
+    backend: str | None
+    precision: str
+
+    @property
+    def dtype(self) -> str:
+        return "float64" if self.precision == "float64" else "float32"
 
 
 class Worked(NamedTuple):
@@ -59,11 +71,15 @@ class Table(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A gradient beside its reference, one table for every W and b."""
+    """A gradient beside its reference, one table for every W and b.
+
+    `measure` is "absolute", or "relative" to the largest entry of each array.
+    """
 
     example: str
     reference: str
     dtype: str
+    precision: str
     measure: str
     tolerance: float
     difference: float
@@ -72,28 +88,40 @@ class Comparison(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """Everything `verify` found out."""
+    """Everything `verify` found out; `backend` is None where none was named."""
 
     seed: int
+    backend: BackendStatus | None
     passed: bool
     assignment: list[Worked]
     comparisons: list[Comparison]
     missing: dict[str, str]
 
 
-def verify(seed: int = 0) -> Verification:
+Compare = Callable[[Example, Way], Comparison]
+
+
+def verify(seed: int = 0, backend: str | None = None) -> Verification:
     """Compare the gradients of this package with torch's and with the published ones.
 
     Parameters
     ----------
     seed : int
         Draws the parameters of the nets and the sample of the assignment.
+    backend : str, optional
+        Computes the gradients, as for `compute_grads`, in all its precisions; they are compared
+        with NumPy's in float64 as well.
 
     Returns
     -------
     Verification
-        Named tuple (seed, passed, assignment, comparisons, missing); `missing` maps the name of
-        a library that is not installed to a line for the user.
+        Named tuple (seed, backend, passed, assignment, comparisons, missing); `missing` maps the
+        name of a library that is not installed to a line for the user.
+
+    Raises
+    ------
+    ImportError
+        A backend that is not installed, or CuPy without a device.
 
     Examples
     --------
@@ -101,24 +129,30 @@ def verify(seed: int = 0) -> Verification:
     >>> verify(seed=3).passed
     True
     """
-    missing = {}
-    compare = by_torch
+    status = None
+    if backend is not None:
+        backends.namespace(backend)
+        status = backends.status(BACKENDS[backend])
+    missing: dict[str, str] = {}
+    compares = _compares(backend, missing)
+    ways = [Way(backend, precision) for precision in precisions(backend)]
+    comparisons = [
+        *_compared(lambda dtype: examples.assignment(seed, dtype), ways, compares),
+        *by_printed_tables(Way(backend, "float64")),
+    ]
+    if backend is not None:
+        net, _ = examples.published()
+        comparisons += _compared(net.astype, ways, [by_float64])
     try:
-        backends.namespace("torch")
+        comparisons += _compared(lambda dtype: examples.digits(seed, dtype), ways, compares)
     except ImportError as error:
-        compare = by_differences
-        missing["torch"] = f"{error}; central differences take its place"
-    small = [assignment(seed, dtype) for dtype in TORCH_TOLERANCES]
-    try:
-        real = [digits(seed, dtype) for dtype in TORCH_TOLERANCES]
-    except ImportError as error:
-        real = []
         missing["scikit-learn"] = (
             f"the handwritten digits need scikit-learn ({error}): pip install 'mlp-backprop[cli]'"
         )
-    comparisons = [*map(compare, small), *by_printed_tables(), *map(compare, real)]
+    small = [examples.assignment(seed, dtype) for dtype in TORCH_TOLERANCES]
     return Verification(
         seed=seed,
+        backend=status,
         passed=all(comparison.passed for comparison in comparisons),
         assignment=[Worked(e, trace(e.params, e.X, e.y, loss=e.loss)) for e in small],
         comparisons=comparisons,
@@ -126,75 +160,41 @@ def verify(seed: int = 0) -> Verification:
     )
 
 
-def assignment(seed: int, dtype: str) -> Example:
-    """The 2-10-5-1 net with x from U[0, 1]² and y = (x1² + x2²)/2."""
-    rng = np.random.default_rng(seed)
-    params = init_params([2, 10, 5, 1], rng, dtype=dtype)
-    X = rng.random((1, 2)).astype(dtype)
-    y = (X**2).sum(axis=1, keepdims=True) / 2
-    return Example("assignment", dtype, params, X, y, "squared_error")
+def precisions(backend: str | None) -> list[str]:
+    """Those of the products of float32 that a backend has, and float64."""
+    return [*(PRECISIONS if backend == "cupy" else ["float32"]), "float64"]
 
 
-def digits(seed: int, dtype: str) -> Example:
-    """A 64-32-16-10 net on 1797 images of 8 x 8 pixels, scaled from 0...16 to [0, 1]."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    params = init_params([64, 32, 16, 10], seed, dtype=dtype)
-    X = (images / 16).astype(dtype)
-    return Example("digits", dtype, params, X, labels, "softmax_cross_entropy")
-
-
-def published() -> tuple[Example, dict[str, list[Layer]]]:
-    """A net that has the published gradients, and the tables as printed."""
-    file = resources.files("mlp_backprop.programs") / "data" / "bs6207.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    printed = {name: _read_tables(content[name]) for name in PRINTED_TOLERANCES}
-    return reconstruct(printed["pytorch"]), printed
+def _compares(backend: str | None, missing: dict[str, str]) -> list[Compare]:
+    """What stands beside the gradients; `missing` is told why torch does not."""
+    others: list[Compare] = [] if backend is None else [by_float64]
+    try:
+        backends.namespace("torch")
+    except ImportError as error:
+        instead = "NumPy in float64 is left" if others else "central differences take its place"
+        missing["torch"] = f"{error}; {instead}"
+        return others or [by_differences]
+    return [by_torch, *others]
 
 
-def _read_tables(tables: dict[str, list[Any]]) -> list[Layer]:
-    return [Layer(np.array(tables[f"dLdw{l}"]), np.array(tables[f"dLdb{l}"])) for l in (1, 2, 3)]
+def _compared(
+    make: Callable[[str], Example], ways: list[Way], compares: list[Compare]
+) -> list[Comparison]:
+    """An example, made for the dtype of each way, beside everything it is compared with."""
+    return [compare(make(way.dtype), way) for way in ways for compare in compares]
 
 
-def reconstruct(grads: list[Layer]) -> Example:
-    """A three-layer net and a sample that have these gradients of (h3 - y)².
-
-    For one sample the gradients are D_l = db_l and dW_l = db_lᵀ H_{l-1}, an outer product, so
-    H_{l-1} = db_l dW_l / |db_l|². Then D_3 = 2 (h3 - y) gives h3, and D_{l-1} = (D_l W_l) ∘
-    H_{l-1} (1 - H_{l-1}) is solved by the least W_l, again an outer product. Biases make up for
-    what W_l H_{l-1} lacks to Z_l; in the first layer they make up for all of it, W_1 = 0.
-    """
-    D1, D2, D3 = (db for _, db in grads)
-    x, h1, h2 = (D @ dW / (D @ D) for dW, D in grads)
-    y = (x**2).sum(keepdims=True) / 2
-    h3 = y + D3 / 2
-    W3 = np.outer(D3, D2 / (h2 * (1 - h2))) / (D3 @ D3)
-    W2 = np.outer(D2, D1 / (h1 * (1 - h1))) / (D2 @ D2)
-    params = [
-        Layer(np.zeros_like(grads[0].W), _logit(h1)),
-        Layer(W2, _logit(h2) - W2 @ h1),
-        Layer(W3, h3 - W3 @ h2),
-    ]
-    return Example("published", "float64", params, x[None, :], y[None, :], "squared_error")
-
-
-def _logit(h: Array) -> Array:
-    return np.log(h / (1 - h))
-
-
-def by_printed_tables() -> list[Comparison]:
+def by_printed_tables(way: Way) -> list[Comparison]:
     """The reconstructed net against the tables by PyTorch, and against those by hand."""
-    example, printed = published()
-    references = {"pytorch": "tables by PyTorch", "by_hand": "tables by hand"}
+    example, printed = examples.published()
     return [
-        _by_values(example, references[name], tolerance, printed[name])
-        for name, tolerance in PRINTED_TOLERANCES.items()
+        _by_values(example, way, name, "absolute", tolerance, printed[key])
+        for key, (name, tolerance) in PRINTED.items()
     ]
 
 
-def by_torch(example: Example) -> Comparison:
-    """Against torch autograd, in the dtype of the example."""
+def by_torch(example: Example, way: Way) -> Comparison:
+    """Against torch autograd, on the CPU and in the dtype of the example."""
     from mlp_backprop.checks import torch_reference
 
     _, grads = torch_reference.loss_and_grads(
@@ -206,12 +206,23 @@ def by_torch(example: Example) -> Comparison:
         loss=example.loss,
         reduction="mean",
     )
-    return _by_values(example, "PyTorch autograd", TORCH_TOLERANCES[example.dtype], grads)
+    if way.backend is None:
+        measure, tolerance = "absolute", TORCH_TOLERANCES[way.precision]
+    else:
+        measure, tolerance = "relative", BACKEND_TOLERANCES[way.precision]
+    return _by_values(example, way, "PyTorch autograd", measure, tolerance, grads)
 
 
-def by_differences(example: Example) -> Comparison:
+def by_float64(example: Example, way: Way) -> Comparison:
+    """Against NumPy, from the same numbers in float64."""
+    grads = _grads(example.astype("float64"), Way("numpy", "float64"))
+    tolerance = BACKEND_TOLERANCES[way.precision]
+    return _by_values(example, way, "NumPy float64", "relative", tolerance, grads)
+
+
+def by_differences(example: Example, way: Way) -> Comparison:
     """Against central differences in float64, relative to the largest entry of each array."""
-    grads = _grads(example)
+    grads = _grads(example, way)
     try:
         errors = check_grads(
             example.params,
@@ -228,21 +239,39 @@ def by_differences(example: Example) -> Comparison:
         Table(name, None, computed, error) for name, computed, error in _side_by_side(grads, errors)
     ]
     tolerance = DIFFERENCE_TOLERANCES[example.dtype]
-    return _comparison(example, "central differences", "relative", tolerance, tables)
+    return _comparison(example, way, "central differences", "relative", tolerance, tables)
 
 
 def _by_values(
-    example: Example, reference: str, tolerance: float, expected: list[Layer]
+    example: Example,
+    way: Way,
+    reference: str,
+    measure: str,
+    tolerance: float,
+    expected: list[Layer],
 ) -> Comparison:
     tables = [
-        Table(name, theirs, ours, float(np.max(np.abs(ours - theirs))))
-        for name, ours, theirs in _side_by_side(_grads(example), expected)
+        Table(name, theirs, ours, _difference(ours, theirs, measure))
+        for name, ours, theirs in _side_by_side(_grads(example, way), expected)
     ]
-    return _comparison(example, reference, "absolute", tolerance, tables)
+    return _comparison(example, way, reference, measure, tolerance, tables)
+
+
+def _difference(ours: Array, theirs: Array, measure: str) -> float:
+    """The largest; nan where there is a nan in either."""
+    largest = float(np.max(np.abs(ours - theirs)))
+    if measure == "absolute" or largest == 0:
+        return largest
+    return largest / float(np.max(np.abs(theirs)))
 
 
 def _comparison(
-    example: Example, reference: str, measure: str, tolerance: float, tables: list[Table]
+    example: Example,
+    way: Way,
+    reference: str,
+    measure: str,
+    tolerance: float,
+    tables: list[Table],
 ) -> Comparison:
     # NumPy's max, because Python's may overlook a nan, and nan is within no tolerance.
     largest = float(np.max([table.difference for table in tables]))
@@ -250,6 +279,7 @@ def _comparison(
         example=example.name,
         reference=reference,
         dtype=example.dtype,
+        precision=way.precision,
         measure=measure,
         tolerance=tolerance,
         difference=largest,
@@ -258,8 +288,17 @@ def _comparison(
     )
 
 
-def _grads(example: Example) -> list[Layer]:
-    return compute_grads(example.params, example.X, example.y, loss=example.loss).grads
+def _grads(example: Example, way: Way) -> list[Layer]:
+    """The gradients that are checked, as NumPy arrays."""
+    options: dict[str, Any] = {"loss": example.loss, "backend": way.backend}
+    if way.precision != way.dtype:
+        options["precision"] = way.precision
+    _, grads = compute_grads(example.params, example.X, example.y, **options)
+    return [Layer(_on_host(W), _on_host(b)) for W, b in grads]
+
+
+def _on_host(array: Array) -> Array:
+    return backends.to_numpy(backends.namespace_of(array), array)
 
 
 def _side_by_side(grads: list[Layer], others: list[Layer]) -> Iterator[tuple[str, Array, Any]]:

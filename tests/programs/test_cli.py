@@ -1,6 +1,5 @@
 """The program as its users meet it: exit status, text, JSON, and the installed wheel."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,7 +12,9 @@ import pytest
 
 import mlp_backprop
 from mlp_backprop.activations import ACTIVATIONS
-from mlp_backprop.programs import cli
+from mlp_backprop.bench.contenders import CONTENDERS
+from mlp_backprop.bench.environment import environment
+from mlp_backprop.programs import cli, info
 from mlp_backprop.programs.verification import verify
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +109,23 @@ def test_verify_says_what_is_not_installed(terminal, capsys, bare):
     assert "Left out, not installed: torch, scikit-learn. Largest differences: central" in shown
 
 
+def test_verify_of_a_backend(terminal, capsys, bare):
+    """Without torch, NumPy in float64 stands beside it all the same."""
+    assert cli.main(["verify", "--backend", "numpy"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= terminal
+    assert "Gradients by backend numpy" in shown
+    assert "by NumPy by numpy diff" in one_line(shown)
+    assert "pip install 'mlp-backprop[torch]'; NumPy in float64 is left." in one_line(shown)
+
+
+def test_verify_of_a_backend_that_is_not_installed(capsys, bare):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["verify", "--json", "--backend", "torch"])
+    assert stopped.value.code.startswith("mlp-backprop: backend 'torch' needs torch")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_wrong_derivative_is_named_and_exits_1(terminal, capsys, wrong_sigmoid):
     pytest.importorskip("torch", reason="torch is not installed")
     assert cli.main(["verify"]) == 1
@@ -146,10 +164,9 @@ def test_json_has_everything_in_full_precision(capsys, no_rich):
             assert read["trace"][name] == [A.tolist() for A in getattr(worked.trace, name)]
 
 
-@pytest.mark.parametrize("command", ["verify", "info"])
-def test_without_rich_one_line_says_what_to_install(command, no_rich):
+def test_without_rich_one_line_says_what_to_install(no_rich):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([command])
+        cli.main(["verify"])
     # A string as the status: Python prints it to stderr and exits with 1.
     assert "pip install 'mlp-backprop[cli]'" in stopped.value.code
     assert "\n" not in stopped.value.code
@@ -162,6 +179,7 @@ def test_without_rich_one_line_says_what_to_install(command, no_rich):
         (["verify", "--seed", "-1"], "a seed is an integer, 0 or more; got '-1'"),
         (["verify", "--seed", "1.5"], "a seed is an integer, 0 or more; got '1.5'"),
         (["verify", "--fast"], "unrecognized arguments"),
+        (["verify", "--backend", "tensorflow"], "invalid choice: 'tensorflow'"),
         (["info", "--seed", "1"], "unrecognized arguments"),
     ],
 )
@@ -185,11 +203,46 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"mlp-backprop {mlp_backprop.__version__}\n"
 
 
-def test_info_lists_versions_and_backends(terminal, capsys, monkeypatch):
+PIPED = """
+import sys
+
+for name in ("torch", "jax", "sklearn.datasets"):
+    sys.modules[name] = None  # it takes seconds
+from mlp_backprop.programs.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["info", "info --json", "verify", "verify --json"])
+def test_a_reader_who_has_gone_is_no_error(command, tmp_path):
+    """As `| head` does it; here nobody reads from the start."""
+    pytest.importorskip("rich", reason="rich is not installed")
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PIPED, *command.split()],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode == (1 if command == "verify" else cli.READER_GONE)  # rich's is 1
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_info_lists_versions_and_backends(columns, capsys, monkeypatch, no_rich):
+    """And needs no rich."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setitem(sys.modules, "torch", None)
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= terminal
+    assert max(map(len, shown.splitlines())) <= columns
     for line in (f"mlp-backprop {mlp_backprop.__version__}", f"NumPy {np.__version__}"):
         assert line in shown
     for name in ("BLAS", "CPUs", "numpy", "cupy", "torch", "jax"):
@@ -204,8 +257,7 @@ def test_info_as_json(capsys, no_rich):
     assert content["cpus"] >= 1
     assert content["blas"]["name"]
     assert content["threads"] >= 1
-    if importlib.util.find_spec("numba"):
-        assert content["compiled"]["seconds"] >= 0
+    assert set(content["import_seconds"]) == {row["name"] for row in content["backends"]}
     backends = {backend["name"]: backend for backend in content["backends"]}
     assert list(backends) == ["numpy", "numba", "cupy", "torch", "jax"]
     assert backends["numpy"]["devices"] == ["cpu"]
@@ -218,8 +270,18 @@ def test_info_without_threadpoolctl_knows_no_threads(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["blas"]["threads"] is None
 
 
+def test_info_says_which_library_was_slow_to_import():
+    here = environment()
+    seconds = dict.fromkeys(here.import_seconds, 0.01)
+    assert "Slow" not in info.text(here._replace(import_seconds=seconds), 80)
+    shown = info.text(here._replace(import_seconds=seconds | {"torch": 2.52, "jax": 0.9}), 80)
+    assert shown.endswith("\n\nSlow to import here: torch 2.5 s, jax 0.9 s\n")
+
+
 RESULTS = {
+    "selection": "quick",
     "complete": True,
+    "seconds": 47.0,
     "import_seconds": 0.03,
     "cells": [
         {
@@ -257,8 +319,37 @@ def test_bench_shows_times_ratios_targets_and_who_is_missing(terminal, capsys, m
     assert cli.main(["bench", "--selection", "quick", "--json", str(path)]) == 0
     assert measured == {"selection": "quick", "path": path}
     shown = one_line(capsys.readouterr().out)
-    for text in ("prepared", "20.0", "10.00", "aim reached", "not here"):
+    for text in ("prepared call, numpy 20.0 µs 10.0x", "aim reached", "JAX: not here everywhere"):
         assert text in shown
+    assert shown.endswith("This run took 47 s, selection quick; claimed: under 60 s. ")
+
+
+@pytest.mark.parametrize(("columns", "n_tables"), [(80, 2), (140, 1), (40, 8)])
+def test_bench_has_a_block_per_net_and_whole_words(
+    columns, n_tables, capsys, measured, monkeypatch
+):
+    """Eight cells, four of them beside one another in 80 columns, all in 140."""
+    pytest.importorskip("rich", reason="rich is not installed")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    (cell,) = RESULTS["cells"]
+    timings = {name: {"median": 1.234e-2, "torch_ratio": 12.3, "error": 0.0} for name in CONTENDERS}
+    measured["results"] = RESULTS | {
+        "cells": [
+            cell | {"problem": net, "n": n, "dtype": dtype, "timings": timings}
+            for net in ("784-1024-1024-10", "2-10-5-1")
+            for n in (1, 1024, 100_000, 1_000_000)
+            for dtype in ("float32", "float64")
+        ]
+    }
+    assert cli.main(["bench", "--selection", "quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    for row in CONTENDERS.values():
+        beside = [line for line in lines if line.startswith(f"{row.words}  ")]
+        assert len(beside) == 2 * n_tables
+        assert all(line.count("12.3 ms 12.3x") == 8 // n_tables for line in beside)
+    assert "…" not in "".join(lines)
+    assert sum(line.startswith("784-1024-1024-10 ─") for line in lines) == 1
 
 
 def test_bench_draws_charts(measured, tmp_path):

@@ -8,8 +8,11 @@ import pytest
 from oracles import assert_close
 
 from mlp_backprop.activations import ACTIVATIONS
-from mlp_backprop.programs import verification
-from mlp_backprop.programs.verification import verify
+from mlp_backprop.edge import backends
+from mlp_backprop.edge.rules import PRECISIONS
+from mlp_backprop.programs import examples, screens, verification
+from mlp_backprop.programs.verification import BACKEND_TOLERANCES, Way, verify
+from mlp_backprop.types import Layer, flat
 
 ARRAYS = ["dE/dW1", "dE/db1", "dE/dW2", "dE/db2", "dE/dW3", "dE/db3"]
 SIZES = {"assignment": [2, 10, 5, 1], "published": [2, 10, 5, 1], "digits": [64, 32, 16, 10]}
@@ -68,7 +71,7 @@ def test_differences_are_those_of_the_tables():
 def test_the_assignment_passes_with_any_seed(seed):
     pytest.importorskip("torch", reason="torch is not installed")
     for dtype in ("float32", "float64"):
-        assert verification.by_torch(verification.assignment(seed, dtype)).passed
+        assert verification.by_torch(examples.assignment(seed, dtype), Way(None, dtype)).passed
 
 
 def test_the_assignment_is_the_one_described():
@@ -87,7 +90,7 @@ def test_the_assignment_is_the_one_described():
 
 
 def test_seeds_differ_and_repeat():
-    first, again, other = (verification.assignment(seed, "float64") for seed in (1, 1, 2))
+    first, again, other = (examples.assignment(seed, "float64") for seed in (1, 1, 2))
     assert np.array_equal(first.X, again.X)
     assert not np.array_equal(first.X, other.X)
     assert not np.array_equal(first.params[0].W, other.params[0].W)
@@ -95,7 +98,7 @@ def test_seeds_differ_and_repeat():
 
 def test_the_digits_are_scaled_to_one():
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    example = verification.digits(0, "float32")
+    example = examples.digits(0, "float32")
     assert example.X.shape == (1797, 64)
     assert (example.X.min(), example.X.max()) == (0, 1)
     assert sorted(set(example.y.tolist())) == list(range(10))
@@ -103,9 +106,9 @@ def test_the_digits_are_scaled_to_one():
 
 def test_reconstruction_from_exact_gradients():
     """From unrounded gradients the reconstruction is exact but for rounding."""
-    known = verification.assignment(4, "float64")
+    known = examples.assignment(4, "float64")
     grads = verification.compute_grads(known.params, known.X, known.y).grads
-    net = verification.reconstruct(grads)
+    net = examples.reconstruct(grads)
     assert_close(net.X, known.X, tolerance=1e-12)
     assert_close(net.y, known.y, tolerance=1e-12)
     again = verification.compute_grads(net.params, net.X, net.y).grads
@@ -115,7 +118,7 @@ def test_reconstruction_from_exact_gradients():
 
 
 def test_published_tables_have_every_printed_number():
-    _, printed = verification.published()
+    _, printed = examples.published()
     for grads in printed.values():
         assert sum(array.size for layer in grads for array in layer) == 91
     # Two numbers by hand differ from PyTorch's, by one in the last digit.
@@ -146,7 +149,7 @@ def test_without_scikit_learn_the_digits_are_left_out(no_sklearn):
 
 def test_differences_of_the_digits():
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    comparison = verification.by_differences(verification.digits(0, "float64"))
+    comparison = verification.by_differences(examples.digits(0, "float64"), Way(None, "float64"))
     assert comparison.passed
     assert 0 < comparison.difference < 1e-7
 
@@ -164,16 +167,155 @@ def test_a_wrong_derivative_fails_without_torch(wrong_sigmoid, no_torch, no_skle
     assert not any(c.passed for c in result.comparisons if c.reference == "central differences")
 
 
+@pytest.fixture(params=ARRAYS)
+def nan_in_one_array(request, monkeypatch):
+    """A nan in the last entry of one array; which array it is."""
+    right = verification.compute_grads
+
+    def compute_grads(*arguments, **options):
+        loss, grads = right(*arguments, **options)
+        grads = [Layer(W.copy(), b.copy()) for W, b in grads]
+        flat(grads)[ARRAYS.index(request.param)].flat[-1] = np.nan
+        return loss, grads
+
+    monkeypatch.setattr(verification, "compute_grads", compute_grads)
+    return request.param
+
+
+def assert_nan_fails(name, result, capsys):
+    assert not result.passed
+    assert not any(c.passed for c in result.comparisons)
+    assert all(np.isnan(c.difference) for c in result.comparisons)
+    pytest.importorskip("rich", reason="rich is not installed")
+    screens.show_verification(result)
+    verdict = " ".join(capsys.readouterr().out.rpartition("Result")[2].split())
+    for c in result.comparisons:
+        above = f"{c.example}, {c.reference}, {c.precision}: above the tolerance of"
+        assert above in verdict
+    assert f"{name} nan" in verdict
+    # The largest of all examples, of which the later ones have a nan too.
+    assert verdict.count("nan") >= 2 * len(result.comparisons) - 2
+    assert "FAILED: 0 of" in verdict
+    largest = verdict.partition("Largest differences: ")[2].rstrip(".").split(", ")
+    assert largest
+    assert all(text.endswith(" nan") for text in largest)
+
+
+def test_nan_in_any_array_fails(nan_in_one_array, no_sklearn, capsys):
+    assert_nan_fails(nan_in_one_array, verify(), capsys)
+
+
+def test_nan_in_any_array_fails_without_torch(nan_in_one_array, no_torch, no_sklearn, capsys):
+    assert_nan_fails(nan_in_one_array, verify(), capsys)
+
+
+def test_nan_in_any_array_fails_beside_float64(nan_in_one_array, no_torch, no_sklearn, capsys):
+    assert_nan_fails(nan_in_one_array, verify(backend="numpy"), capsys)
+
+
+def test_nan_in_a_reference_fails():
+    net, printed = examples.published()
+    printed["by_hand"][1].W[-1, -1] = np.nan
+    way = Way(None, "float64")
+    for measure in ("absolute", "relative"):
+        comparison = verification._by_values(net, way, "", measure, 1e9, printed["by_hand"])
+        assert not comparison.passed
+
+
+def test_the_verdict_has_a_nan_of_any_comparison(no_torch, no_sklearn, capsys):
+    """Though others with the same reference come before it, and after."""
+    pytest.importorskip("rich", reason="rich is not installed")
+    result = verify()
+    first, *others = result.comparisons
+    wrong = first._replace(difference=np.nan, passed=False)
+    for comparisons in ([first, wrong, first], [wrong, first, first], [first, first, wrong]):
+        shown = result._replace(comparisons=[*comparisons, *others], passed=False)
+        screens.show_verification(shown)
+        assert f"{first.reference} ({first.precision}) nan" in capsys.readouterr().out
+
+
+# --- a backend -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["numpy", "numba", "torch", "jax", pytest.param("cupy", marks=pytest.mark.gpu)]
+)
+def test_a_backend_is_right(name):
+    """Beside torch where it is installed, and beside NumPy in float64, in all its precisions."""
+    try:
+        backends.namespace(name)
+    except ImportError as reason:
+        pytest.skip(str(reason))
+    result = verify(seed=1, backend=name)
+    assert result.passed
+    assert (result.backend.name, result.backend.usable) == (name, True)
+    precisions = [*(PRECISIONS if name == "cupy" else ["float32"]), "float64"]
+    for reference in ("NumPy float64", "PyTorch autograd"):
+        for example in {c.example for c in result.comparisons}:
+            shown = [
+                (c.precision, c.tolerance, c.measure)
+                for c in result.comparisons
+                if (c.example, c.reference) == (example, reference)
+            ]
+            expected = [(p, BACKEND_TOLERANCES[p], "relative") for p in precisions]
+            beside_tables = (example, reference) == ("published", "PyTorch autograd")
+            absent = beside_tables or (
+                reference == "PyTorch autograd" and "torch" in result.missing
+            )
+            assert shown == ([] if absent else expected)
+    for c in result.comparisons:
+        for table in c.tables:
+            assert isinstance(table.computed, np.ndarray)
+            assert table.computed.dtype == c.dtype
+
+
+def test_a_backend_that_is_not_there_is_refused(no_torch):
+    with pytest.raises(ImportError, match="backend 'torch' needs torch"):
+        verify(backend="torch")
+
+
 @pytest.fixture
-def nan_sigmoid(monkeypatch, derivation_only):
-    row = ACTIVATIONS["sigmoid"]
-    wrong = row._replace(df=lambda xp, Z, H: xp.full_like(H, float("nan")))
-    monkeypatch.setitem(ACTIVATIONS, "sigmoid", wrong)
+def cupy(monkeypatch):
+    """A card that is off by a share of what each precision may be off by, in one entry."""
+    card = {"share": 0.8, "asked": []}
+    namespace, right = backends.namespace, verification.compute_grads
+
+    def compute_grads(params, X, y, *, loss, backend, precision="float32"):
+        if backend != "cupy":
+            return right(params, X, y, loss=loss, backend=backend)
+        card["asked"].append((X.dtype.name, precision))
+        double = [(W.astype(float), b.astype(float)) for W, b in params]
+        target = y if y.ndim == 1 else y.astype(float)
+        _, grads = right(double, X.astype(float), target, loss=loss)
+        tolerance = BACKEND_TOLERANCES["float64" if X.dtype == np.float64 else precision]
+        grads[1].W[-1, -1] += card["share"] * tolerance * np.max(np.abs(grads[1].W))
+        return None, [Layer(W.astype(X.dtype), b.astype(X.dtype)) for W, b in grads]
+
+    status = backends.BackendStatus("cupy", True, "14.0", ["NVIDIA H100", "NVIDIA T4"], None)
+    monkeypatch.setattr(backends, "namespace", lambda name: name == "cupy" or namespace(name))
+    monkeypatch.setattr(backends, "status", lambda row: status)
+    monkeypatch.setattr(verification, "compute_grads", compute_grads)
+    return card
 
 
-def test_nan_fails(nan_sigmoid, no_sklearn):
-    assert not any(c.passed for c in verify().comparisons)
+def test_cupy_is_tried_in_every_precision(cupy, capsys, monkeypatch):
+    pytest.importorskip("rich", reason="rich is not installed")
+    result = verify(backend="cupy")
+    assert {*cupy["asked"]} == {*(("float32", p) for p in PRECISIONS), ("float64", "float32")}
+    assert result.passed
+    monkeypatch.setenv("COLUMNS", "80")
+    screens.show_verification(result)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "Gradients by backend cupy 14.0; its devices here: NVIDIA H100, NVIDIA T4." in shown
+    for text in ("by cupy", *PRECISIONS, "5.0e-03", "5.0e-02"):
+        assert text in shown
 
 
-def test_nan_fails_without_torch(nan_sigmoid, no_torch, no_sklearn):
-    assert not any(c.passed for c in verify().comparisons)
+def test_cupy_fails_beyond_the_tolerance_of_any_precision(cupy):
+    cupy["share"] = 1.2
+    result = verify(backend="cupy")
+    assert not result.passed  # though the printed tables are still met
+    failed = [c for c in result.comparisons if c.measure == "relative"]
+    assert {c.precision for c in failed} == {*PRECISIONS, "float64"}
+    assert not any(c.passed for c in failed)

@@ -9,13 +9,12 @@ has one loop from Z to H and f'(Z) in place of several.
 """
 
 import math
-import time
 import zlib
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import from_dtype, njit, types
@@ -213,24 +212,6 @@ def times_slope(D: Array, H: Array, spare: Array, one: Array) -> None:
 
 # Compilation -------------------------------------------------------------------------------------
 
-_compile_seconds = 0.0
-_cache_directory: str | None = None
-
-
-class CompileInfo(NamedTuple):
-    """What `compile_info` returns."""
-
-    seconds: float
-    cache_directory: str | None
-
-
-def compile_info() -> CompileInfo:
-    """Seconds spent compiling in this process, 0 if all came from the cache, and where that is.
-
-    Before the first plan there is no directory yet; without one, nothing is kept on disk.
-    """
-    return CompileInfo(_compile_seconds, _cache_directory)
-
 
 @cache
 def compiled_pass(dtype: np.dtype[Any]) -> Any:
@@ -261,17 +242,11 @@ def compiled_activations(dtype: np.dtype[Any]) -> Any:
 
 def compiled(function: Callable[..., Any], signature: Any) -> Any:
     """A function from Numba's cache, or compiled now: seconds."""
-    global _compile_seconds, _cache_directory
     compile_ = partial(njit, signature, nogil=True, **formulas.OPTIONS)
-    started = time.perf_counter()
     try:
-        kernel = compile_(cache=True)(function)
+        return compile_(cache=True)(function)
     except RuntimeError:  # Numba finds no directory that it may write to
-        kernel = compile_()(function)
-    if not kernel.stats.cache_hits:
-        _compile_seconds += time.perf_counter() - started
-    _cache_directory = kernel.stats.cache_path
-    return kernel
+        return compile_()(function)
 
 
 def version_of_sources() -> int:

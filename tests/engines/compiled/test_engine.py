@@ -348,12 +348,5 @@ def test_two_threads_with_a_plan_each():
             assert_bits(result, expected[k])
 
 
-def test_compile_info_names_the_cache():
-    numba_engine.compiled_pass(np.dtype(np.float64))
-    info = numba_engine.compile_info()
-    assert info.seconds >= 0
-    assert info.cache_directory
-
-
 def assert_bits(got, expected):
     np.testing.assert_array_equal(got, expected)
