@@ -8,6 +8,7 @@ import importlib
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +18,13 @@ from mlp_backprop.backprop import Spec
 from mlp_backprop.edge import backends
 from mlp_backprop.engines import choice
 
-# JAX reads this when it is imported: without it, it has no float64.
+BUILD = Path(__file__).parents[1] / "build"  # kept from run to run
+
+# JAX reads these when it is imported. Without the first, it has no float64; with the others, an
+# operation that one process has compiled is read by the next: to compile them is most of its time.
 os.environ["JAX_ENABLE_X64"] = "1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(BUILD / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 class Backend(NamedTuple):

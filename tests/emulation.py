@@ -32,7 +32,7 @@ needs_compiler = pytest.mark.skipif(
 
 GUARD = 256  # bytes
 # Libraries of different constants must not share their statics.
-FLAGS = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", "-w", "-DEMULATION"]
+FLAGS = ["-std=c++17", "-Og", "-shared", "-fPIC", "-fno-gnu-unique", "-w", "-DEMULATION"]
 
 
 class EmulationError(Exception):

@@ -75,7 +75,7 @@ def test_gauss_newton_matrix_is_the_hessian_of_a_linear_net():
 
 
 @pytest.mark.parametrize("matrix", [hessian, ggn])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
 def test_every_library_agrees_with_numpy(loss, matrix, backend):
     problem = make_problem(loss=loss, activation="gelu_tanh", weighted=True)
     got = run(matrix, problem.map(backend.array))

@@ -142,7 +142,7 @@ def test_grads_against_jax(loss):
         return oracles.naive_loss(jax.numpy, params, single, "sum")
 
     params, X, y, _ = one_hot.map(jax.numpy.asarray)
-    expected = jax.vmap(jax.grad(naive), in_axes=(None, 0, 0))(params, X, y)
+    expected = jax.jit(jax.vmap(jax.grad(naive), in_axes=(None, 0, 0)))(params, X, y)
     assert_grads_close(run(per_sample_grads, problem), expected)
 
 
@@ -401,7 +401,7 @@ def arrays_of(result):
     return flat(result) if isinstance(result, list) else [result]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
 def test_every_library_agrees_with_numpy(loss, backend, small_blocks):
     problem = make_problem(activation="silu", loss=loss, weighted=True)
     placed = problem.map(backend.array)

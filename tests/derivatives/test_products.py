@@ -127,6 +127,7 @@ def test_against_jax(loss):
     problem = make_problem(activation=["sigmoid", "tanh", "identity"], loss=loss, weighted=True)
     v = vector_like(problem)
 
+    @jax.jit
     def grads(params):
         return jax.grad(lambda p: oracles.naive_loss(jax.numpy, p, problem, "mean"))(params)
 
@@ -271,7 +272,7 @@ def off(backend, layers):
 
 @pytest.mark.parametrize("small_blocks", [False, True])
 @pytest.mark.parametrize("product", [hvp, ggnvp, fisher_vp])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
 def test_every_library_agrees_with_numpy(loss, product, small_blocks, backend, monkeypatch):
     problem = make_problem(activation="silu", loss=loss, weighted=True)
     v = vector_like(problem)
