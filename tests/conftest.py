@@ -6,13 +6,15 @@ arrays with `backend.array` and reads results with `backend.numpy`.
 
 import importlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from locks import held
 
 from mlp_backprop.backprop import Spec
 from mlp_backprop.edge import backends
@@ -25,6 +27,24 @@ BUILD = Path(__file__).parents[1] / "build"  # kept from run to run
 os.environ["JAX_ENABLE_X64"] = "1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(BUILD / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def numba_compiles_once() -> Iterator[None]:
+    """A pass that one worker compiles, for seconds, comes to the others from Numba's cache."""
+    engine = sys.modules.get("mlp_backprop.engines.compiled.engine")
+    if engine is None:
+        yield
+        return
+
+    def compiled(*arguments: Any) -> Any:
+        with held(BUILD / "numba.lock"):
+            return right(*arguments)
+
+    right = engine.compiled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "compiled", compiled)
+        yield
 
 
 class Backend(NamedTuple):

@@ -20,6 +20,7 @@ from mlp_backprop.bench import grid
 from mlp_backprop.bench import memory as bench_memory
 from mlp_backprop.bench import results as bench_results
 from mlp_backprop.bench.contenders import CONTENDERS, Contender, Ready
+from mlp_backprop.programs import cli
 
 ROOT = Path(__file__).parents[2]
 SMALL = grid.Cell(grid.PROBLEMS["8-32-32-1"], 3, "float32")
@@ -325,6 +326,21 @@ def test_results_are_written_and_read_back(tmp_path):
     assert bench_results.load(path) == results
     assert list(tmp_path.iterdir()) == [path]
     assert results["versions"]["NumPy"] == np.__version__
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the contenders' own making
+@pytest.mark.usefixtures("two_cells")
+def test_every_contender_runs_and_is_shown(tmp_path, monkeypatch, capsys):
+    """What `make bench-quick` does, but for the size of the grid."""
+    contenders = {name: row for name, row in CONTENDERS.items() if row.since == "quick"}
+    monkeypatch.setattr(grid, "CONTENDERS", contenders)
+    path = tmp_path / "results.json"
+    assert cli.main(["bench", "--selection", "quick", "--json", str(path)]) == 0
+    for cell in bench_results.load(path)["cells"]:
+        assert cell["failed"] == {}
+        assert {*cell["timings"], *cell["skipped"]} == {*contenders}
+        assert {"derivation", "prepared"} <= {*cell["timings"]}
+    assert "2-10-5-1" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("two_cells")
