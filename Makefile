@@ -1,7 +1,7 @@
 # Everything a checkout needs, from a machine with Python >= 3.11 and make:
 #
 #   make verify    create .venv, install, and compare the gradients with PyTorch's
-#   make test      install and run every test
+#   make test      install and run every test, on all cores and in a random order
 #   make lint      format, lint and type checks
 #   make bench     the benchmarks, under fifteen minutes; bench-quick, bench-full
 #   make test-kernels   every CUDA kernel in every configuration, compiled and run on the CPU
@@ -21,13 +21,15 @@ SOURCES = mlp_backprop tests benchmarks
 verify: .venv/installed-verify
 	.venv/bin/python -m mlp_backprop verify
 
-test: .venv/installed-test bench-quick
-	.venv/bin/python -m pytest
+# One worker for each core, of which each needs a gigabyte; more than eight gain nothing.
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test: .venv/installed-test
+	$(PYTEST)
 
 test-kernels: .venv/installed-kernels
-	.venv/bin/python -m pytest -m kernels
+	$(PYTEST) -m kernels
 
-# The results of bench-quick show that the benchmarks run, not how fast anything is.
 bench-quick bench bench-full: .venv/installed-test
 	mkdir -p build
 	.venv/bin/python -m mlp_backprop bench --json build/$@.json \

@@ -6,20 +6,46 @@ arrays with `backend.array` and reads results with `backend.numpy`.
 
 import importlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from cuda_card import cupy_on_a_card
+from locks import held
 
 from mlp_backprop.backprop import Spec
 from mlp_backprop.edge import backends
 from mlp_backprop.engines import choice
 
-# JAX reads this when it is imported: without it, it has no float64.
+BUILD = Path(__file__).parents[1] / "build"  # kept from run to run
+
+# JAX reads these when it is imported. Without the first, it has no float64; with the others, an
+# operation that one process has compiled is read by the next: to compile them is most of its time.
 os.environ["JAX_ENABLE_X64"] = "1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(BUILD / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def numba_compiles_once() -> Iterator[None]:
+    """A pass that one worker compiles, for seconds, comes to the others from Numba's cache."""
+    engine = sys.modules.get("mlp_backprop.engines.compiled.engine")
+    if engine is None:
+        yield
+        return
+
+    def compiled(*arguments: Any) -> Any:
+        with held(BUILD / "numba.lock"):
+            return right(*arguments)
+
+    right = engine.compiled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "compiled", compiled)
+        yield
 
 
 class Backend(NamedTuple):

@@ -19,6 +19,7 @@ from typing import Any
 import cupy_api
 import numpy as np
 import pytest
+from locks import held
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "mlp_backprop" / "engines" / "cuda"
@@ -33,7 +34,7 @@ needs_compiler = pytest.mark.skipif(
 
 GUARD = 256  # bytes
 # Libraries of different constants must not share their statics.
-FLAGS = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", "-w", "-DEMULATION"]
+FLAGS = ["-std=c++17", "-Og", "-shared", "-fPIC", "-fno-gnu-unique", "-w", "-DEMULATION"]
 
 
 class EmulationError(Exception):
@@ -49,15 +50,21 @@ def library(code: str, defines: tuple[tuple[str, str], ...] = ()) -> ctypes.CDLL
     for file in sorted([*SOURCES.glob("*.cuh"), *EMULATION.glob("*.h")]):
         digest.update(file.read_bytes())
     path = LIBRARIES / f"{digest.hexdigest()[:32]}.so"
-    if not path.exists():
-        LIBRARIES.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        command += [f"-I{SOURCES}", f"-I{EMULATION}", "-x", "c++", "-", "-o", str(scratch)]
-        done = subprocess.run(command, input=code, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        scratch.replace(path)
+    if path.exists():
+        return ctypes.CDLL(str(path))
+    with held(path.with_suffix(".lock")):
+        if not path.exists():
+            compile_library(command, code, path)
     return ctypes.CDLL(str(path))
+
+
+def compile_library(command: list[str], code: str, path: Path) -> None:
+    scratch = path.with_suffix(".new")
+    command = [*command, f"-I{SOURCES}", f"-I{EMULATION}", "-x", "c++", "-", "-o", str(scratch)]
+    done = subprocess.run(command, input=code, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    scratch.replace(path)
 
 
 def module(specialisation: Any) -> "Module":

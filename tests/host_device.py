@@ -14,6 +14,7 @@ given out again.
 import ctypes
 import sys
 import weakref
+from functools import lru_cache
 from types import SimpleNamespace
 
 import cupy_api
@@ -76,8 +77,9 @@ class HostDevice:
         monkeypatch.setattr(cublaslt, "library", lambda: self.lt.library)
         monkeypatch.setattr(cublaslt, "WORKSPACE_BYTES", 1 << 10)
         monkeypatch.setattr(build, "module", self.module)
-        for cached in (cublaslt.handle, cublaslt.product):
-            cached.cache_clear()
+        for name in ("handle", "product"):  # what they keep is this device's
+            cached = lru_cache(getattr(cublaslt, name).__wrapped__)
+            monkeypatch.setattr(cublaslt, name, cached)
 
     def enqueue(self, work):
         if self.recording is None:

@@ -8,9 +8,10 @@ namespace `m` of its argument, so that the same line serves three oracles:
     MP, 600 digits    values and derivatives where float64 fails the naive formula
     jax.numpy         jax.grad
 
-`make_problem` makes nets and data to try them on.
+`make_problem` makes nets and data to try them on; `peak_bytes` says what memory a call takes.
 """
 
+import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
@@ -213,6 +214,23 @@ def complex_step_grads(problem: Problem, reduction: str) -> list[tuple[np.ndarra
         return complex_steps(loss, params[l][which])
 
     return [(gradient(l, 0), gradient(l, 1)) for l in range(len(params))]
+
+
+# Memory ------------------------------------------------------------------------------------------
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """What Python and NumPy hold at most while a call runs, beyond what they held before."""
+    tracemalloc.start()
+    try:
+        tracemalloc.reset_peak()  # of whoever has traced before
+        before, _ = tracemalloc.get_traced_memory()
+        result = call()
+        _, peak = tracemalloc.get_traced_memory()
+        del result  # counts too
+        return peak - before
+    finally:
+        tracemalloc.stop()
 
 
 # Assertions --------------------------------------------------------------------------------------

@@ -229,8 +229,9 @@ def test_every_library_agrees_with_numpy(case, backend):
     V = np.random.default_rng(6).normal(size=H.shape)
     xp = backends.namespace_of(backend.array(H))
     arrays = [backend.array(A) for A in (H, Y, V)]
-    expected = [*row.value_and_grad(np, H, Y), row.hessian_product(np, H, Y, V)]
-    got = [*row.value_and_grad(xp, *arrays[:2]), row.hessian_product(xp, *arrays)]
+    products = row.hessian_product, row.fisher_product
+    expected = [*row.value_and_grad(np, H, Y), *(f(np, H, Y, V) for f in products)]
+    got = [*row.value_and_grad(xp, *arrays[:2]), *(f(xp, *arrays) for f in products)]
     for mine, theirs in zip(got, expected, strict=True):
         assert mine.dtype == arrays[0].dtype
         assert_close(backend.numpy(mine), theirs, 1e-14)

@@ -75,7 +75,7 @@ def test_gauss_newton_matrix_is_the_hessian_of_a_linear_net():
 
 
 @pytest.mark.parametrize("matrix", [hessian, ggn])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
 def test_every_library_agrees_with_numpy(loss, matrix, backend):
     problem = make_problem(loss=loss, activation="gelu_tanh", weighted=True)
     got = run(matrix, problem.map(backend.array))
@@ -132,18 +132,27 @@ def jacobian_rows(problem, X):
     return np.stack([ravel_params(row) for row in rows])
 
 
+@pytest.mark.parametrize("block_bytes", [1 << 20, 1])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_kernel_is_the_product_of_jacobians(activation, backend, monkeypatch):
+def test_the_kernel_is_the_product_of_jacobians(activation, block_bytes, monkeypatch):
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", block_bytes)
     for sizes in SHAPES:
         problem = make_problem(sizes, activation=activation)
         other = np.random.default_rng(3).normal(size=(4, sizes[0]))
         expected = jacobian_rows(problem, problem.X) @ jacobian_rows(problem, other).T
-        placed = problem.map(backend.array)
-        for block_bytes in (1 << 20, 1):
-            monkeypatch.setattr(row_blocks, "BLOCK_BYTES", block_bytes)
-            K = ntk(placed.params, placed.X, backend.array(other), activation=activation)
-            assert tuple(K.shape) == (7, sizes[-1], 4, sizes[-1])
-            assert_close(backend.numpy(K).reshape(expected.shape), expected, 1e-13)
+        K = ntk(problem.params, problem.X, other, activation=activation)
+        assert K.shape == (7, sizes[-1], 4, sizes[-1])
+        assert_close(K.reshape(expected.shape), expected, 1e-13)
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 20, 1])
+def test_the_kernel_on_every_library(block_bytes, backend, monkeypatch):
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", block_bytes)
+    problem, other = make_problem(), np.random.default_rng(3).normal(size=(4, 3))
+    expected = ntk(problem.params, problem.X, other, activation="tanh")
+    placed = problem.map(backend.array)
+    K = ntk(placed.params, placed.X, backend.array(other), activation="tanh")
+    assert_close(backend.numpy(K), expected, 1e-13)
 
 
 def test_a_kernel_of_no_inputs():

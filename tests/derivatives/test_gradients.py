@@ -45,12 +45,11 @@ def assert_result_close(got, expected, tolerance=1e-12):
     assert_grads_close(got[1], expected[1], tolerance)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_against_torch_autograd(activation, loss, reduction, weighted):
+def test_against_torch_autograd(activation, loss):
     for seed, sizes in enumerate(SHAPES):
+        weighted, reduction = seed % 2 == 0, ("mean", "sum")[seed // 2 % 2]
         kind = {"activation": activation, "loss": loss, "weighted": weighted}
         problem = make_problem(sizes, n=(7, 2, 1)[seed % 3], **kind, seed=seed)
         expected = by_torch(problem, reduction)
@@ -101,7 +100,8 @@ def test_against_jax_grad(loss):
     def naive(params):
         return oracles.naive_loss(jax.numpy, params, problem, "mean")
 
-    expected = jax.value_and_grad(naive)([tuple(map(jax.numpy.asarray, p)) for p in problem.params])
+    params = [tuple(map(jax.numpy.asarray, layer)) for layer in problem.params]
+    expected = jax.jit(jax.value_and_grad(naive))(params)
     assert_result_close(run(problem), expected)
 
 

@@ -1,6 +1,5 @@
 """Vector products: against torch's matrices and differences, on every library, engine and cut."""
 
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +13,7 @@ from oracles import (
     assert_close,
     assert_grads_close,
     make_problem,
+    peak_bytes,
 )
 
 from mlp_backprop import Layer, activations, compute_grads, forward, losses
@@ -60,9 +60,9 @@ def torch_matrices(problem, reduction):
 
     x = torch.tensor(ravel_params(problem.params))
     functional = torch.autograd.functional
-    J = functional.jacobian(outputs, x).reshape(-1, len(x))
-    A = functional.hessian(loss, outputs(x)).reshape(len(J), len(J))
-    H = functional.hessian(lambda x: loss(outputs(x)), x)
+    J = functional.jacobian(outputs, x, vectorize=True).reshape(-1, len(x))
+    A = functional.hessian(loss, outputs(x), vectorize=True).reshape(len(J), len(J))
+    H = functional.hessian(lambda x: loss(outputs(x)), x, vectorize=True)
     return J.numpy(), H.numpy(), (J.T @ A @ J).numpy()
 
 
@@ -127,6 +127,7 @@ def test_against_jax(loss):
     problem = make_problem(activation=["sigmoid", "tanh", "identity"], loss=loss, weighted=True)
     v = vector_like(problem)
 
+    @jax.jit
     def grads(params):
         return jax.grad(lambda p: oracles.naive_loss(jax.numpy, p, problem, "mean"))(params)
 
@@ -271,7 +272,7 @@ def off(backend, layers):
 
 @pytest.mark.parametrize("small_blocks", [False, True])
 @pytest.mark.parametrize("product", [hvp, ggnvp, fisher_vp])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
 def test_every_library_agrees_with_numpy(loss, product, small_blocks, backend, monkeypatch):
     problem = make_problem(activation="silu", loss=loss, weighted=True)
     v = vector_like(problem)
@@ -432,10 +433,7 @@ def test_memory_is_bounded(monkeypatch):
     problem = make_problem((2, 10, 5, 1), 200_000)
     v = vector_like(problem)
     for product in (hvp, ggnvp):
-        tracemalloc.start()
-        run(product, problem, v)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+        peak = peak_bytes(lambda product=product: run(product, problem, v))
         assert peak < 3 * numpy_products.TILE_BYTES < problem.X[:, :1].nbytes * 10 / 2
 
 

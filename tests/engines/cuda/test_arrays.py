@@ -32,7 +32,7 @@ def test_rows_are_aligned_to_the_vectors_they_are_read_in(n_in):
 
 def placed(values, shift=0):
     """On the device, `shift` numbers after a multiple of 64 bytes."""
-    memory = on_device(np.zeros(values.size + 32 + shift, values.dtype))
+    memory = on_device(np.zeros(values.size + 64 // values.itemsize + shift, values.dtype))
     start = -memory.ctypes.data % 64 // values.itemsize + shift
     array = memory[start : start + values.size].reshape(values.shape)
     array[...] = values
