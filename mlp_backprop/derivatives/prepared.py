@@ -62,7 +62,8 @@ def prepare_grads(
         Its `bind(params, X, y)` spares the checks where the arrays are the same every time.
 
         The results are fresh arrays, the caller's to keep. With `out`, a list of (W, b) to write
-        to, the gradients are written there and `out` is returned in their place.
+        to, the gradients are written there and `out` is returned in their place; no two of its
+        arrays may share memory.
 
     Raises
     ------

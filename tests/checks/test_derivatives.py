@@ -97,6 +97,18 @@ def test_a_mutant_fails(name, monkeypatch):
         check(problem, also=name)
 
 
+@pytest.mark.parametrize("wrong", ["inputs", "params"])
+def test_a_jacobian_wrong_in_one_of_its_kinds_fails(wrong, monkeypatch):
+    def jacobian(*args, wrt="inputs", **options):
+        result = right(*args, wrt=wrt, **options)
+        return off(result) if wrt == wrong else result
+
+    right = inputs.jacobian
+    monkeypatch.setattr(inputs, "jacobian", jacobian)
+    with pytest.raises(AssertionError, match=r"^jacobian: relative error"):
+        check(make_problem(), also=["jacobian"])
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_nan_fails(name, monkeypatch):
     module, function = function_of(name)

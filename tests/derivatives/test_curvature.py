@@ -190,6 +190,28 @@ def test_operators_are_the_vector_products(kind, product, backend):
     assert_close(operator.T @ np.ones(len(matrix)), matrix.sum(axis=0), 1e-12)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    ("kind", "product"), [("hessian", hvp), ("ggn", ggnvp), ("fisher", fisher_vp)]
+)
+def test_operator_of_a_sum_or_a_mean(kind, product, reduction):
+    pytest.importorskip("scipy")
+    problem = make_problem(weighted=True)
+    options = problem.options | {"reduction": reduction}
+    operator = linear_operator(kind, *problem[:3], **options)
+    v = vector_like(problem)
+    expected = ravel_params(product(*problem[:3], v, **options))
+    assert_close(operator @ ravel_params(v), expected, 1e-13)
+    other = {"mean": "sum", "sum": "mean"}[reduction]
+    weight = problem.options["sample_weight"].sum()
+    scale = weight if reduction == "sum" else 1 / weight
+    assert_close(
+        expected,
+        scale * ravel_params(product(*problem[:3], v, **options | {"reduction": other})),
+        1e-13,
+    )
+
+
 def test_operator_of_float32():
     pytest.importorskip("scipy")
     problem = make_problem(dtype=np.float32)

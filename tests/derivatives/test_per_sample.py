@@ -435,6 +435,19 @@ def test_results_are_like_the_parameters(dtype, backend):
         assert backends.device_of(xp, A) == backends.device_of(xp, W)
 
 
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_half_precision_beyond_its_range(name):
+    """Losses of 90 000, and sums of 1 000 times 100: more than the 65 504 of float16."""
+    if name == "torch":
+        pytest.importorskip("torch")
+    params = [(np.ones((1, 1), np.float16), np.zeros(1, np.float16))]
+    X, y = np.ones((1000, 1), np.float16), np.full((1000, 1), 301, np.float16)
+    loss, grads = clipped_grads(params, X, y, max_norm=100.0, backend=name)
+    assert float(loss) == 90_000
+    assert abs(float(grads[0].b[0]) + 100 / np.sqrt(2)) < 0.1
+    assert grads[0].b.dtype == params[0][1].dtype or name == "torch"
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "tolerance"),
     [("numpy", "float16", 5e-3), ("torch", "bfloat16", 3e-2), ("jax", "float16", 5e-3)],

@@ -357,6 +357,22 @@ def test_results_are_like_the_parameters(dtype, reduction, backend):
     assert tuple(Jv.shape) == (7, 4)
 
 
+@pytest.mark.parametrize("product", [ggnvp, fisher_vp])
+def test_half_precision_forms_the_loss_part_in_float32(product):
+    """exp(12) is beyond float16, a thousandth of it, A V, is not; with a weight, and without."""
+    half = np.float16
+    params = [(np.full((1, 1), 12, half), np.zeros(1, half))]
+    X, y, v = (
+        np.ones((1, 1), half),
+        np.ones((1, 1), half),
+        [(np.zeros((1, 1), half), np.full(1, 0.001, half))],
+    )
+    expected = np.exp(12) * float(v[0][1][0])
+    for weight in (None, np.full(1, 0.25, half)):
+        got = product(params, X, y, v, loss="poisson", reduction="sum", sample_weight=weight)
+        assert_close(got[0].b, np.array([expected * (1 if weight is None else 0.25)]), 2e-3)
+
+
 def test_half_precision_sums_in_float32():
     torch = pytest.importorskip("torch")
     problem = make_problem((3, 4, 2), 30_000, dtype=np.float32)

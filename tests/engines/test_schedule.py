@@ -1,5 +1,7 @@
 """The cut of a problem: what the engine and the determinism of its results rely on."""
 
+import os
+from importlib.util import find_spec
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from mlp_backprop import init_params
 from mlp_backprop.edge import validation
-from mlp_backprop.engines import schedule, threads
+from mlp_backprop.engines import numpy_products, schedule, threads
+from mlp_backprop.maths import row_blocks
 
 NARROW = [(1, 1), (2, 10, 5, 1), (8, 32, 32, 1), (64, 64, 64, 1), (3, 200, 2)]
 WIDE = [(784, 128, 64, 10), (784, 1024, 1024, 10), (4096, 512), (1, 2000, 2000, 1)]
@@ -65,10 +68,36 @@ def test_few_rows_wake_no_thread():
     assert not schedule.make_schedule(spec_of((2, 10, 5, 1)), 64, 4).tile_threads
 
 
+def cuts_of(sizes, n):
+    """How every engine on the CPU, and the derivation, cuts the rows."""
+    spec = spec_of(sizes)
+    X = np.empty((n, sizes[0]), np.float32)
+    cuts = [
+        schedule.make_schedule(spec, n, 4),
+        numpy_products.cut(spec, n),
+        tuple(str(rows) for rows in row_blocks.row_blocks(np, X, sum(sizes))),
+    ]
+    if find_spec("numba") and max(sizes) <= 64:
+        from mlp_backprop.engines.compiled import engine
+
+        cuts.append(engine.prepare(spec, n).chunks(n))
+    return tuple(cuts)
+
+
+@pytest.mark.parametrize("n", [1000, 100_000])
 @pytest.mark.parametrize("sizes", NARROW + WIDE)
-def test_threads_do_not_move_the_cut(sizes, monkeypatch):
-    cuts = set()
+def test_neither_threads_nor_cpus_move_the_cut(sizes, n, monkeypatch):
+    cuts = {cuts_of(sizes, n)}
     for setting in ("1", "2", "7"):
         monkeypatch.setenv(threads.VARIABLE, setting)
-        cuts.add(schedule.make_schedule(spec_of(sizes), 100_000, 4))
+        cuts.add(cuts_of(sizes, n))
+    monkeypatch.delenv(threads.VARIABLE)
+    for n_cpus in (1, 3, 64):
+        monkeypatch.setattr(os, "cpu_count", lambda n_cpus=n_cpus: n_cpus)
+        monkeypatch.setattr(os, "process_cpu_count", os.cpu_count, raising=False)
+        monkeypatch.setattr(
+            os, "sched_getaffinity", lambda _, n=n_cpus: set(range(n)), raising=False
+        )
+        monkeypatch.setattr(threads, "usable_cpus", os.cpu_count)
+        cuts.add(cuts_of(sizes, n))
     assert len(cuts) == 1

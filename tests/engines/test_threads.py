@@ -43,7 +43,13 @@ from mlp_backprop import (
 )
 from mlp_backprop.engines import numpy_products, numpy_tiles, threads
 from mlp_backprop.engines.threads import blas_on_its_threads, blas_on_one_thread, run_chunks
+from mlp_backprop.maths import samples
 from mlp_backprop.types import flat
+
+# The products of a wide net, and those of another of a size that BLAS divides, are left to it.
+WIDE = make_problem((100, 170, 2), n=60)
+SMALL = make_problem((20, 30, 4), n=20)
+HALF = make_problem((20, 30, 4), n=20, dtype=np.float16)
 
 needs_signals = pytest.mark.skipif(
     not hasattr(signal, "pthread_kill"), reason="this system has no signals to threads"
@@ -243,6 +249,21 @@ def test_many_threads_at_once_leave_the_limit_as_it_was(blas_threads):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("problem", [make_problem((8, 32, 32, 1), n=500), WIDE])
+def test_an_exception_that_is_kept_does_not_keep_blas(problem, error, blas_threads, monkeypatch):
+    # With its traceback it keeps every frame that it came through.
+    def clipped_sums(*_):
+        raise error("in the middle")
+
+    monkeypatch.setattr(samples, "clipped_sums", clipped_sums)
+    with pytest.raises(error, match="in the middle") as kept:
+        clipped_grads(problem.params, problem.X, problem.y, max_norm=1.0)
+    assert kept.value.__traceback__ is not None
+    assert not threads._inside
+    assert blas_threads() == {2}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_lets_blas_go(error, blas_threads):
     with pytest.raises(error), blas_on_one_thread():
         raise error
@@ -284,10 +305,6 @@ def test_threads_are_used_where_it_pays(blas_threads, monkeypatch):
 
 
 # Who wants BLAS on one thread, and who wants its threads -----------------------------------------
-
-WIDE = make_problem((100, 170, 2), n=60)
-SMALL = make_problem((20, 30, 4), n=20)  # of a size that BLAS divides among threads
-HALF = make_problem((20, 30, 4), n=20, dtype=np.float16)
 
 
 def net_and_loss(function, *more, problem=SMALL, **options):

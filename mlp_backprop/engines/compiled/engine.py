@@ -11,7 +11,7 @@ has one loop from Z to H and f'(Z) in place of several.
 import math
 import zlib
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def by_layer(flat: Array, sizes: tuple[int, ...]) -> list[Layer]:
     return [Layer(views[W], views[b]) for W, b in zip(names, names, strict=True)]
 
 
-@cache
+@lru_cache(maxsize=128)  # a search over widths would fill a cache without a bound
 def record(sizes: tuple[int, ...], dtype: np.dtype[Any]) -> np.dtype[Any]:
     """W_1, b_1, W_2, ... one after the other, as the fields of a structured dtype."""
     fields: list[Any] = []

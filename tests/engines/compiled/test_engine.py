@@ -1,6 +1,7 @@
 """The compiled engine: the derivation's answers, whatever the arrays, whatever the threads."""
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import oracles
@@ -13,7 +14,7 @@ from mlp_backprop.activations import ACTIVATIONS  # noqa: E402
 from mlp_backprop.edge import validation  # noqa: E402
 from mlp_backprop.engines import numpy_tiles  # noqa: E402
 from mlp_backprop.engines.compiled import engine as numba_engine  # noqa: E402
-from mlp_backprop.engines.compiled import kernels  # noqa: E402
+from mlp_backprop.engines.compiled import formulas, kernels  # noqa: E402
 from mlp_backprop.losses import LOSSES  # noqa: E402
 
 FLOATS = (np.float64, np.float32)
@@ -342,6 +343,34 @@ def test_two_threads_with_a_plan_each():
     for k in (0, 1):
         for result in got[k]:
             assert_bits(result, expected[k])
+
+
+@pytest.mark.parametrize("source", [formulas, kernels])
+def test_each_source_is_a_part_of_the_key_in_the_cache(source, tmp_path, monkeypatch):
+    before = numba_engine.version_of_sources()
+    assert numba_engine.version_of_sources() == before
+    changed = tmp_path / "changed.py"
+    changed.write_bytes(Path(source.__file__).read_bytes() + b"#")
+    monkeypatch.setattr(source, "__file__", str(changed))
+    assert numba_engine.version_of_sources() != before
+
+
+@pytest.mark.parametrize(
+    "compiled", [numba_engine.compiled_pass, numba_engine.compiled_activations]
+)
+def test_what_is_compiled_holds_the_version_of_its_sources(compiled, dtype):
+    # Numba's key has the values that a function takes from around it.
+    function = compiled(np.dtype(dtype)).py_func
+    held = [cell.cell_contents for cell in function.__closure__]
+    assert numba_engine.version_of_sources() in held
+
+
+def test_the_layouts_of_many_nets_are_not_all_kept():
+    for width in range(1, 1000):
+        numba_engine.record((1, width), np.dtype(np.float64))
+    assert numba_engine.record.cache_info().currsize < 500
+    net = (3, 2, 1)
+    assert numba_engine.record(net, np.dtype(np.float64)).names == ("W1", "b1", "W2", "b2")
 
 
 def assert_bits(got, expected):
