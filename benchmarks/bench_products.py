@@ -22,7 +22,7 @@ from mlp_backprop.derivatives.curvature import hessian
 from mlp_backprop.derivatives.products import hvp
 from mlp_backprop.edge import validation
 from mlp_backprop.maths import tangents
-from mlp_backprop.nets.vectors import n_params, ravel_params, unravel_params
+from mlp_backprop.nets.vectors import n_numbers, ravel_params, unravel_params
 from mlp_backprop.types import Layer, flat
 
 NETS = {"2-10-5-1": 1024, "64-64-64-1": 1024}
@@ -43,7 +43,7 @@ def cases(quick: bool) -> Iterator[compare.Case]:
 
 def product_case(name: str, task: Task) -> compare.Case:
     rng = np.random.default_rng(1)
-    v = unravel_params(rng.normal(size=n_params(task.params)).astype(task.X.dtype), task.params)
+    v = unravel_params(rng.normal(size=n_numbers(task.params)).astype(task.X.dtype), task.params)
     builders = {"mlp_backprop": our_hvp, "torch": torch_hvp, "JAX": jax_hvp}
     return compare.Case(
         name, str(task.X.dtype), flat(exact_product(task, v)), rows(builders, task, v)
@@ -51,7 +51,7 @@ def product_case(name: str, task: Task) -> compare.Case:
 
 
 def hessian_case(name: str, task: Task) -> compare.Case:
-    units = np.eye(n_params(task.params))
+    units = np.eye(n_numbers(task.params))
     columns = [exact_product(task, unravel_params(e, task.params)) for e in units]
     expected = [np.stack([ravel_params(column) for column in columns])]
     builders = {"mlp_backprop": our_hessian, "torch.func": torch_hessian, "JAX": jax_hessian}

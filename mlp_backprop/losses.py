@@ -60,7 +60,7 @@ def _squared_error(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
     return xp.sum(R * R, axis=1), 2 * R
 
 
-def _squared_error_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+def _squared_error_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     return 2 * V
 
 
@@ -69,11 +69,11 @@ def _absolute_error(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
     return xp.sum(xp.abs(R), axis=1), xp.sign(R)
 
 
-def _absolute_error_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+def _absolute_error_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     return xp.zeros_like(V)
 
 
-def _absolute_error_fp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+def _absolute_error_fisher_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     return V
 
 
@@ -84,7 +84,7 @@ def _huber(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
     return xp.sum(C * (R - C / 2), axis=1), C
 
 
-def _huber_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+def _huber_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     return xp.where(xp.abs(H - Y) < 1, V, xp.zeros_like(V))
 
 
@@ -94,7 +94,7 @@ _INSIDE = math.sqrt(2 * math.pi) * math.erf(math.sqrt(0.5))
 _TAILS = 2 * math.exp(-0.5)
 
 
-def _huber_fp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+def _huber_fisher_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     return _INSIDE / (_INSIDE + _TAILS) * V
 
 
@@ -103,7 +103,7 @@ def _poisson(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
     return xp.sum(rate - Y * H, axis=1), rate - Y
 
 
-def _poisson_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+def _poisson_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     return xp.exp(H) * V
 
 
@@ -114,7 +114,7 @@ def _binary_cross_entropy(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Arr
     return xp.sum(values, axis=1), logistic(xp, H) - Y
 
 
-def _binary_cross_entropy_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+def _binary_cross_entropy_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     P = logistic(xp, H)
     return P * (1 - P) * V
 
@@ -138,7 +138,7 @@ def _softmax_cross_entropy(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Ar
     return xp.sum(surprise, axis=1), xp.sum(Y, axis=1, keepdims=True) * (E / total) - Y
 
 
-def _softmax_cross_entropy_hp(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
+def _softmax_cross_entropy_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     Y = _class_weights(xp, H, Y)
     E = xp.exp(H - xp.max(H, axis=1, keepdims=True))
     P = E / xp.sum(E, axis=1, keepdims=True)
@@ -151,48 +151,48 @@ LOSSES = {
         Loss(
             "squared_error",
             _squared_error,
-            _squared_error_hp,
-            _squared_error_hp,
+            _squared_error_hessian_product,
+            _squared_error_hessian_product,
             "real",
             takes_logits=False,
         ),
         Loss(
             "absolute_error",
             _absolute_error,
-            _absolute_error_hp,
-            _absolute_error_fp,
+            _absolute_error_hessian_product,
+            _absolute_error_fisher_product,
             "real",
             takes_logits=False,
         ),
         Loss(
             "huber",
             _huber,
-            _huber_hp,
-            _huber_fp,
+            _huber_hessian_product,
+            _huber_fisher_product,
             "real",
             takes_logits=False,
         ),
         Loss(
             "poisson",
             _poisson,
-            _poisson_hp,
-            _poisson_hp,
+            _poisson_hessian_product,
+            _poisson_hessian_product,
             "real",
             takes_logits=True,
         ),
         Loss(
             "binary_cross_entropy",
             _binary_cross_entropy,
-            _binary_cross_entropy_hp,
-            _binary_cross_entropy_hp,
+            _binary_cross_entropy_hessian_product,
+            _binary_cross_entropy_hessian_product,
             "probability",
             takes_logits=True,
         ),
         Loss(
             "softmax_cross_entropy",
             _softmax_cross_entropy,
-            _softmax_cross_entropy_hp,
-            _softmax_cross_entropy_hp,
+            _softmax_cross_entropy_hessian_product,
+            _softmax_cross_entropy_hessian_product,
             "class",
             takes_logits=True,
         ),

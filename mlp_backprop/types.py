@@ -20,7 +20,7 @@ class ArrayObject(Protocol):
     def __getitem__(self, key: Any, /) -> Any: ...
 
 
-class Table(Protocol):
+class TableLike(Protocol):
     """What NumPy can make an array of: a DataFrame, for instance."""
 
     def __array__(self) -> Any: ...
@@ -29,7 +29,7 @@ class Table(Protocol):
 # What is taken where an array is: nested lists too, up to the three axes of slopes.
 Row: TypeAlias = Sequence[float] | ArrayObject
 ArrayLike: TypeAlias = (
-    ArrayObject | Table | Sequence[Row] | Sequence[float] | Sequence[Sequence[Row]]
+    ArrayObject | TableLike | Sequence[Row] | Sequence[float] | Sequence[Sequence[Row]]
 )
 
 # The names of the tables' rows; tests hold them to the tables.
@@ -120,10 +120,9 @@ class Net(NamedTuple):
         sizes = [len(weights[0][0]), *map(len, weights)] if weights else []
         names = [self.activation] if isinstance(self.activation, str) else self.activation
         dtype = str(getattr(weights[0], "dtype", "lists")).rpartition(".")[2] if weights else ""
-        n_params = sum(b * (a + 1) for a, b in pairwise(sizes))
         return (
             f"Net {'-'.join(map(str, sizes))}: {' '.join(names)}, {self.loss}, {dtype}, "
-            f"{n_params} parameters"
+            f"{n_params(sizes)} parameters"
         )
 
 
@@ -135,6 +134,11 @@ class LossAndGrads(NamedTuple):
 
     loss: Array
     grads: list[Layer]
+
+
+def n_params(sizes: Sequence[int]) -> int:
+    """How many weights and biases a net of these widths has."""
+    return sum(n_out * (n_in + 1) for n_in, n_out in pairwise(sizes))
 
 
 def flat(layers: Iterable[tuple[Any, Any]]) -> list[Any]:

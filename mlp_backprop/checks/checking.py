@@ -10,7 +10,7 @@ import numpy as np
 
 from mlp_backprop import backprop
 from mlp_backprop.checks import derivatives
-from mlp_backprop.checks.derivatives import FAMILY, STEPS, sample_losses
+from mlp_backprop.checks.derivatives import CHECKS, STEPS, sample_losses
 from mlp_backprop.derivatives.gradients import compute_grads
 from mlp_backprop.edge import backends, validation
 from mlp_backprop.edge.arguments import dtype_name, generator, read_params, table_row
@@ -134,12 +134,12 @@ def check_grads(
 
 
 def _others(also: str | Sequence[str], problem: validation.Problem) -> dict[str, derivatives.Check]:
-    """The rows of FAMILY that are asked for."""
+    """The rows of CHECKS that are asked for."""
     if also == "all":
         smooth = all(row.d3f is not None for row in problem.spec.activations)
-        return {k: check for k, check in FAMILY.items() if smooth or k != "residual_grads"}
+        return {k: check for k, check in CHECKS.items() if smooth or k != "residual_grads"}
     names = [also] if isinstance(also, str) else list(also)
-    return {name: table_row("function", name, FAMILY) for name in names}
+    return {name: table_row("function", name, CHECKS) for name in names}
 
 
 def _host_grads(grads: Params, problem: validation.Problem) -> list[Array]:

@@ -7,6 +7,7 @@ have entries ±1 and ±1/2 times a power of 2, which every floating dtype holds 
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from mlp_backprop import backprop
 from mlp_backprop.derivatives import curvature, inputs, per_sample, products, residuals
 from mlp_backprop.derivatives.gradients import compute_grads
 from mlp_backprop.edge import backends
-from mlp_backprop.edge.arguments import Argument, Home, dtype_name
+from mlp_backprop.edge.arguments import Argument, Location, dtype_name
 from mlp_backprop.edge.validation import Problem
 from mlp_backprop.nets.vectors import ravel_params
 from mlp_backprop.types import Array, Layer, Namespace, Params
@@ -26,7 +27,7 @@ STEPS = (6e-6, 6e-7, 6e-8)
 
 MOST_ENTRIES = 8  # columns, or pairs of columns, of X that second derivatives are taken for
 
-Comparison = tuple[Array, Array]  # got, expected
+Pair = tuple[Array, Array]  # got, expected
 
 
 class Case(NamedTuple):
@@ -66,7 +67,7 @@ class Case(NamedTuple):
     def ours(self, array: Array) -> Array:
         """An array from the host in the library and dtype of the problem."""
         xp, X = self.placed.spec.xp, self.placed.X
-        home = Home(xp, backends.device_of(xp, X))
+        home = Location(xp, backends.device_of(xp, X))
         return home.place(Argument("direction", array, np), dtype_name(self.placed.spec.dtype))
 
     def direction(self, shape: tuple[int, ...], scale: float = 1.0) -> Array:
@@ -128,7 +129,7 @@ def along(layers: list[Layer], v: list[Layer]) -> Array:
     return ravel_params(layers) @ ravel_params(v)
 
 
-def _per_sample_grads(case: Case) -> Iterator[Comparison]:
+def _per_sample_grads(case: Case) -> Iterator[Pair]:
     grads = per_sample.per_sample_grads(case.params, case.X, case.y, **case.options)
     v = case.params_direction()
     got = along(case.numpy_layers(grads), v)
@@ -141,7 +142,7 @@ def _host_rows(case: Case) -> Array:
     return ravel_params(per_sample.per_sample_grads(params, X, y, **case.host_options))
 
 
-def _per_sample_grad_norms(case: Case) -> Iterator[Comparison]:
+def _per_sample_grad_norms(case: Case) -> Iterator[Pair]:
     got = case.numpy(per_sample.per_sample_grad_norms(case.params, case.X, case.y, **case.options))
     norms = np.linalg.norm(_host_rows(case), axis=1)
     # A norm whose square overflows is inf, and no error.
@@ -156,7 +157,7 @@ def _overflow(case: Case, norms: Array) -> Array:
     return norms > (1 - 1e-3) * np.sqrt(largest)
 
 
-def _clipped_grads(case: Case) -> Iterator[Comparison]:
+def _clipped_grads(case: Case) -> Iterator[Pair]:
     rows = _host_rows(case)
     norms = np.linalg.norm(rows, axis=1)
     max_norm = float(np.median(norms)) if len(norms) else 0.0
@@ -169,14 +170,14 @@ def _clipped_grads(case: Case) -> Iterator[Comparison]:
     yield ravel_params(case.numpy_layers(grads)), factors @ rows
 
 
-def _input_grads(case: Case) -> Iterator[Comparison]:
+def _input_grads(case: Case) -> Iterator[Pair]:
     dX = inputs.input_grads(case.params, case.X, case.y, reduction="sum", **case.options)
     U = case.direction(case.host.X.shape)
     got = np.sum(case.numpy(dX) * U, axis=1)
     yield got, slope(got, lambda t: case.losses(case.host.params, case.host.X + t * U))
 
 
-def _jacobian(case: Case) -> Iterator[Comparison]:
+def _jacobian(case: Case) -> Iterator[Pair]:
     params, X = case.host.params, case.host.X
     J = case.numpy(inputs.jacobian(case.params, case.X, **case.net_options))
     U, v = case.direction(X.shape), case.params_direction()
@@ -204,14 +205,14 @@ def _some(case: Case, n_entries: int) -> list[int]:
     return [int(i) for i in case.rng.choice(n_entries, count, replace=False)]
 
 
-def _input_hessian_diag(case: Case) -> Iterator[Comparison]:
+def _input_hessian_diag(case: Case) -> Iterator[Pair]:
     diag = case.numpy(inputs.input_hessian_diag(case.params, case.X, **case.net_options))
     columns = _some(case, diag.shape[2])
     got = diag[:, :, columns]
     yield got, np.stack([_second(case, diag[:, :, k], k, k) for k in columns], axis=2)
 
 
-def _input_hessian_entries(case: Case) -> Iterator[Comparison]:
+def _input_hessian_entries(case: Case) -> Iterator[Pair]:
     n_in = case.host.X.shape[1]
     pairs = [(k // n_in, k % n_in) for k in _some(case, n_in * n_in)]
     got = inputs.input_hessian_entries(case.params, case.X, pairs, **case.net_options)
@@ -220,27 +221,25 @@ def _input_hessian_entries(case: Case) -> Iterator[Comparison]:
     yield got, np.stack(expected, axis=2)
 
 
-def _laplacian(case: Case) -> Iterator[Comparison]:
+def _laplacian(case: Case) -> Iterator[Pair]:
     params, X = case.host.params, case.host.X
     got = case.numpy(inputs.laplacian(case.params, case.X, **case.net_options))
     yield got, inputs.input_hessian_diag(params, X, **case.host_net_options).sum(axis=2)
 
 
-def _sobolev_grads(case: Case) -> Iterator[Comparison]:
+def _sobolev_grads(case: Case) -> Iterator[Pair]:
     _, params, X, y, _ = case.host
     dy = case.direction((X.shape[0], params[-1].b.shape[0], X.shape[1]))
-    _, grads = residuals.sobolev_grads(
-        case.params, case.X, case.y, case.ours(dy), weight=0.5, reduction="sum", **case.options
-    )
+    fit = partial(residuals.sobolev_grads, slope_weight=0.5, reduction="sum")
+    grads = fit(case.params, case.X, case.y, case.ours(dy), **case.options).grads
 
     def loss(params: list[Layer]) -> Array:
-        options = case.host_options | {"weight": 0.5, "reduction": "sum"}
-        return residuals.sobolev_grads(params, X, y, dy, **options).loss
+        return fit(params, X, y, dy, **case.host_options).loss
 
     yield _along_loss(case, grads, loss)
 
 
-def _along_loss(case: Case, grads: list[Layer], loss: Callable[[list[Layer]], Array]) -> Comparison:
+def _along_loss(case: Case, grads: list[Layer], loss: Callable[[list[Layer]], Array]) -> Pair:
     v = case.params_direction()
     got = along(case.numpy_layers(grads), v)
     return got, slope(got, lambda t: np.asarray(loss(case.moved(v, t))))
@@ -258,7 +257,7 @@ def _some_residual(xp: Namespace) -> residuals.Residual:
     return residual
 
 
-def _residual_grads(case: Case) -> Iterator[Comparison]:
+def _residual_grads(case: Case) -> Iterator[Pair]:
     weight = case.options["sample_weight"]
     _, grads = residuals.residual_grads(
         case.params,
@@ -276,13 +275,13 @@ def _residual_grads(case: Case) -> Iterator[Comparison]:
     yield _along_loss(case, grads, loss)
 
 
-def _jvp(case: Case) -> Iterator[Comparison]:
+def _jvp(case: Case) -> Iterator[Pair]:
     v = case.params_direction()
     got = case.numpy(products.jvp(case.params, case.X, case.ours_layers(v), **case.net_options))
     yield got, slope(got, lambda t: case.outputs(case.moved(v, t), case.host.X))
 
 
-def _vjp(case: Case) -> Iterator[Comparison]:
+def _vjp(case: Case) -> Iterator[Pair]:
     u = case.direction((case.host.X.shape[0], case.host.params[-1].b.shape[0]))
     grads = products.vjp(case.params, case.X, case.ours(u), **case.net_options)
     yield _along_loss(case, grads, lambda params: np.sum(u * case.outputs(params, case.host.X)))
@@ -305,7 +304,7 @@ def _vector_product(case: Case, function: Callable[..., list[Layer]]) -> tuple[A
     return ravel_params(case.numpy_layers(product)), v
 
 
-def _hvp(case: Case) -> Iterator[Comparison]:
+def _hvp(case: Case) -> Iterator[Pair]:
     got, v = _vector_product(case, products.hvp)
     yield got, _gradient_along(case, got, v)
 
@@ -328,12 +327,12 @@ def _through_outputs(case: Case, v: list[Layer], fisher: bool) -> Array:
     return ravel_params(products.vjp(params, X, AdH, **case.host_net_options))
 
 
-def _ggnvp(case: Case) -> Iterator[Comparison]:
+def _ggnvp(case: Case) -> Iterator[Pair]:
     got, v = _vector_product(case, products.ggnvp)
     yield got, _through_outputs(case, v, fisher=False)
 
 
-def _fisher_vp(case: Case) -> Iterator[Comparison]:
+def _fisher_vp(case: Case) -> Iterator[Pair]:
     got, v = _vector_product(case, products.fisher_vp)
     yield got, _through_outputs(case, v, fisher=True)
 
@@ -344,17 +343,17 @@ def _matrix_product(case: Case, function: Callable[..., Array]) -> tuple[Array, 
     return case.numpy(matrix) @ ravel_params(v), v
 
 
-def _hessian(case: Case) -> Iterator[Comparison]:
+def _hessian(case: Case) -> Iterator[Pair]:
     got, v = _matrix_product(case, curvature.hessian)
     yield got, _gradient_along(case, got, v)
 
 
-def _ggn(case: Case) -> Iterator[Comparison]:
+def _ggn(case: Case) -> Iterator[Pair]:
     got, v = _matrix_product(case, curvature.ggn)
     yield got, _through_outputs(case, v, fisher=False)
 
 
-def _ntk(case: Case) -> Iterator[Comparison]:
+def _ntk(case: Case) -> Iterator[Pair]:
     params, X = case.host.params, case.host.X
     got = case.numpy(curvature.ntk(case.params, case.X, case.X, **case.net_options))
     J = ravel_params(inputs.jacobian(params, X, wrt="params", **case.host_net_options))
@@ -367,9 +366,9 @@ def error(got: Array, expected: Array) -> float:
     return float(np.max(np.abs(got - expected), initial=0.0) / (size or 1.0))
 
 
-Check = Callable[[Case], Iterator[Comparison]]
+Check = Callable[[Case], Iterator[Pair]]
 
-FAMILY: dict[str, Check] = {
+CHECKS: dict[str, Check] = {
     "per_sample_grads": _per_sample_grads,
     "per_sample_grad_norms": _per_sample_grad_norms,
     "clipped_grads": _clipped_grads,

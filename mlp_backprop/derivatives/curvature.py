@@ -17,9 +17,9 @@ from mlp_backprop.edge.calls import public, quietly
 from mlp_backprop.edge.validation import Problem
 from mlp_backprop.engines import choice
 from mlp_backprop.maths import hessians, tangents
-from mlp_backprop.maths.row_blocks import joined, part, row_blocks
+from mlp_backprop.maths.row_blocks import concatenated, row_blocks, rows_of
 from mlp_backprop.maths.tangents import KINDS
-from mlp_backprop.nets.vectors import n_params, ravel, unravel
+from mlp_backprop.nets.vectors import n_numbers, ravel, unravel
 from mlp_backprop.types import Array, ArrayLike, Layer, NetOptions, Params, SumOptions
 
 # P² numbers are 3.2 GB of float64 then, and the matrix is made from its blocks by way of copies.
@@ -113,7 +113,7 @@ def ggn(
 
 def _matrix(problem: Problem, *, gauss_newton: bool) -> Array:
     spec, layers, X, y, weight = problem
-    P = n_params(layers)
+    P = n_numbers(layers)
     if P > MOST_PARAMETERS:
         raise ValueError(
             f"params holds {P} numbers, and the matrix {P}² of them; above {MOST_PARAMETERS} use "
@@ -121,8 +121,8 @@ def _matrix(problem: Problem, *, gauss_newton: bool) -> Array:
         )
     total: list[Array] = []
     with choice.undisturbed(spec):
-        for cut in row_blocks(spec.xp, X, row_numbers(spec)):
-            block = X[cut, :], y[cut, ...], part(weight, cut)
+        for cut in row_blocks(spec.xp, X, matrix_row_numbers(spec)):
+            block = X[cut, :], y[cut, ...], rows_of(weight, cut)
             found = hessians.blocks(spec, layers, *block, gauss_newton)
             total = [a + b for a, b in zip(total, found, strict=True)] if total else found
     divisor = backprop.divisor(spec, backprop.weight_sum(spec, X, weight))
@@ -150,7 +150,7 @@ def assembled(spec: Spec, found: list[Array]) -> Array:
     return xp.take(xp.take(matrix, order, axis=0), order, axis=1)
 
 
-def row_numbers(spec: Spec) -> int:
+def matrix_row_numbers(spec: Spec) -> int:
     """What is kept of a row: some arrays of (V7) for the widest layer, and products of (V8)."""
     changes = 4 * max(spec.sizes[1:]) * sum(spec.sizes)
     products = 3 * max(n_out * (n_in + 1) for n_in, n_out in pairwise(spec.sizes))
@@ -212,7 +212,7 @@ def _kernel(spec: Spec, params: list[Layer], X1: Array, X2: Array) -> Array:
         for cut in row_blocks(xp, X1, deltas):
             pairs = [(X1[cut, :], X2[other, :]) for other in cuts]
             strips.append(xp.concat([hessians.kernel(spec, params, *p) for p in pairs], axis=2))
-    return joined(xp, strips)
+    return concatenated(xp, strips)
 
 
 @public
@@ -275,6 +275,6 @@ def linear_operator(
             result = products.product(row, problem, unravel(xp, vector, layers))
             return backends.to_numpy(xp, ravel(xp, result))
 
-    P = n_params(layers)
+    P = n_numbers(layers)
     host_dtype = backends.to_numpy(xp, layers[0].b).dtype
     return LinearOperator((P, P), matvec=times, rmatvec=times, dtype=host_dtype)

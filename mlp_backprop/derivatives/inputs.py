@@ -15,7 +15,7 @@ from mlp_backprop.edge.calls import public
 from mlp_backprop.edge.validation import Problem
 from mlp_backprop.engines import choice
 from mlp_backprop.maths import jets
-from mlp_backprop.maths.row_blocks import joined, part, row_blocks
+from mlp_backprop.maths.row_blocks import concatenated, row_blocks, rows_of
 from mlp_backprop.types import Array, ArrayLike, Layer, NetOptions, Params, SumOptions
 
 
@@ -68,11 +68,11 @@ def _input_grads(problem: Problem) -> Array:
     with choice.undisturbed(spec, X.shape[0]):
         for rows in row_blocks(xp, X, 2 * sum(spec.sizes)):
             Z, H = backprop.forward(spec, layers, X[rows, ...])
-            _, G = backprop.loss_and_output_grad(spec, H[-1], y[rows, ...], part(weight, rows))
+            _, G = backprop.loss_and_output_grad(spec, H[-1], y[rows, ...], rows_of(weight, rows))
             *_, (_, D) = backprop.backward(spec, layers, Z, H, G)
             parts.append(D @ layers[0].W)
     divisor = backprop.divisor(spec, backprop.weight_sum(spec, X, weight))
-    return xp.astype(joined(xp, parts) / divisor, spec.dtype, copy=False)
+    return xp.astype(concatenated(xp, parts) / divisor, spec.dtype, copy=False)
 
 
 @public
@@ -324,7 +324,7 @@ def _by_blocks(
     with choice.undisturbed(spec):
         for rows in row_blocks(spec.xp, X, row_numbers):
             parts.append(derivative(*backprop.forward(spec, layers, X[rows, ...])))
-    return joined(spec.xp, parts)
+    return concatenated(spec.xp, parts)
 
 
 def read_inputs(inputs: Any, width: int) -> list[int]:

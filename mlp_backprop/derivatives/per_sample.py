@@ -14,7 +14,7 @@ from mlp_backprop.edge.arguments import type_name
 from mlp_backprop.edge.calls import public
 from mlp_backprop.engines import choice
 from mlp_backprop.maths import samples
-from mlp_backprop.maths.row_blocks import added_losses, joined
+from mlp_backprop.maths.row_blocks import added_blocks, concatenated
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.types import (
     Array,
@@ -138,7 +138,7 @@ def per_sample_grad_norms(
         norms.append(xp.sqrt(xp.stack(squares, axis=1) if per_layer else sum(squares)))
 
     choice.for_each_sweep(spec, layers, X, y, weight, measure)
-    return joined(xp, norms)
+    return concatenated(xp, norms)
 
 
 @public
@@ -202,7 +202,7 @@ def clipped_grads(
 
     def add(loss: Array | float, factors: Iterable[Factors]) -> None:
         block = loss, samples.clipped_sums(spec, factors, max_norm)
-        total[:] = [added_losses([*total, block])]
+        total[:] = [added_blocks([*total, block])]
 
     choice.for_each_sweep(spec, layers, X, y, weight, add)
     [(loss_sum, grads)] = total

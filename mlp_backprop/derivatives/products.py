@@ -13,7 +13,7 @@ from mlp_backprop.edge.calls import public
 from mlp_backprop.edge.validation import Problem
 from mlp_backprop.engines import choice
 from mlp_backprop.losses import Loss
-from mlp_backprop.maths.row_blocks import added, joined, row_blocks
+from mlp_backprop.maths.row_blocks import added_layers, concatenated, row_blocks
 from mlp_backprop.maths.tangents import KINDS, Kind, row_numbers, tangents
 from mlp_backprop.types import (
     Array,
@@ -87,7 +87,7 @@ def jvp(
             for step in tangents(net.spec, net.params, v, net.X[cut, :]):
                 dH = step.dH
             blocks.append(dH)
-    return joined(net.spec.xp, blocks)
+    return concatenated(net.spec.xp, blocks)
 
 
 @public
@@ -136,7 +136,7 @@ def vjp(
         return backprop.loss_and_grad_sums(spec, net.params, *block).grads
 
     with choice.undisturbed(spec, net.X.shape[0]):
-        total = reduce(added, map(sums, row_blocks(spec.xp, net.X, row_numbers(spec))))
+        total = reduce(added_layers, map(sums, row_blocks(spec.xp, net.X, row_numbers(spec))))
     return backprop.reduced(spec, Sums(0.0, 1.0, total)).grads
 
 
@@ -289,6 +289,6 @@ def _product(
 def product(kind: Kind, problem: Problem, v: list[Layer]) -> list[Layer]:
     """The product with a vector, for arguments that are checked."""
     spec, params, X, y, weight = problem
-    total = choice.product_sums(spec, kind, params, v, X, y, weight)
+    total = choice.vector_product_sums(spec, kind, params, v, X, y, weight)
     sums = Sums(0.0, backprop.weight_sum(spec, X, weight), total)
     return backprop.reduced(spec, sums).grads

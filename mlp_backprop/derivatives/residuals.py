@@ -21,7 +21,7 @@ from mlp_backprop.edge.validation import Problem
 from mlp_backprop.engines import choice
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.maths import jets
-from mlp_backprop.maths.row_blocks import added_losses, joined, part, row_blocks
+from mlp_backprop.maths.row_blocks import added_blocks, concatenated, row_blocks, rows_of
 from mlp_backprop.types import (
     Array,
     ArrayLike,
@@ -43,7 +43,7 @@ def sobolev_grads(
     y: ArrayLike,
     dy: ArrayLike,
     *,
-    weight: float = 1.0,
+    slope_weight: float = 1.0,
     **options: Unpack[SumOptions],
 ) -> LossAndGrads:
     """Compute a loss of outputs and slopes, and its gradient by every weight and bias.
@@ -54,22 +54,22 @@ def sobolev_grads(
         As for `compute_grads`.
     dy : array (n, d_L, d_0)
         Targets for dY/dX, as `jacobian` returns it. Same dtype as the parameters.
-    weight : float
+    slope_weight : float
         What the squared error of the slopes is multiplied by; not negative.
 
     Returns
     -------
     loss : scalar of the array library
-        Per sample the loss of outputs and y, plus `weight` times Σ (dY/dX - dy)² over all d_L d_0
-        slopes; summed over samples, each times its sample weight, and with reduction="mean"
-        divided by the sum of the sample weights.
+        Per sample the loss of outputs and y, plus `slope_weight` times Σ (dY/dX - dy)² over all
+        d_L d_0 slopes; summed over samples, each times its sample weight, and with
+        reduction="mean" divided by the sum of the sample weights.
     grads : list of Layer
         (W, b) per layer, with the shapes, dtype and library of the parameters.
 
     Raises
     ------
     TypeError, ValueError, ImportError
-        As for `compute_grads`; dy of another shape, a negative weight.
+        As for `compute_grads`; dy of another shape, a negative slope_weight.
 
     Notes
     -----
@@ -89,19 +89,19 @@ def sobolev_grads(
     problem = validation.problem(params, X, y, **options)
     shape = problem.X.shape[0], problem.spec.sizes[-1], problem.spec.sizes[0]
     slopes = validation.of_shape(dy, "dy", shape, problem, options.get("backend"))
-    return _sobolev_grads(problem, slopes, _checked_weight(weight))
+    return _sobolev_grads(problem, slopes, _checked_weight(slope_weight))
 
 
-def _sobolev_grads(problem: Problem, dy: Array, weight: float) -> LossAndGrads:
-    spec, layers, X, y, row_weight = problem
-    sums = (
-        _sobolev_sums(
-            spec, layers, X[rows, ...], y[rows, ...], dy[rows, ...], weight, part(row_weight, rows)
-        )
-        for rows in _blocks(spec, X, 2 * min(spec.sizes[0], spec.sizes[-1]))
-    )
+def _sobolev_grads(problem: Problem, dy: Array, slope_weight: float) -> LossAndGrads:
+    spec, layers, X, y, weight = problem
+
+    def sums(rows: slice) -> tuple[Array, list[Layer]]:
+        block = X[rows, ...], y[rows, ...], dy[rows, ...]
+        return _sobolev_sums(spec, layers, *block, slope_weight, rows_of(weight, rows))
+
+    blocks = _blocks(spec, X, 2 * min(spec.sizes[0], spec.sizes[-1]))
     with choice.undisturbed(spec):
-        return _reduced(spec, sums, X, row_weight)
+        return _reduced(spec, map(sums, blocks), X, weight)
 
 
 def _sobolev_sums(
@@ -110,21 +110,21 @@ def _sobolev_sums(
     X: Array,
     y: Array,
     dy: Array,
-    weight: float,
-    row_weight: Array | None,
+    slope_weight: float,
+    weight: Array | None,
 ) -> tuple[Array, list[Layer]]:
     """Loss and gradients summed over the rows of one block."""
     xp = spec.xp
     n, n_out, n_in = dy.shape
     squares = spec._replace(loss=LOSSES["squared_error"])
     Z, H = backprop.forward(spec, params, X)
-    values, G = backprop.loss_and_output_grad(spec, H[-1], y, row_weight)
+    values, G = backprop.loss_and_output_grad(spec, H[-1], y, weight)
 
     def slope_loss(J: Array) -> tuple[Array, Array]:
         """Values (n,), and their derivatives by dY/dX (n, d_L, d_0)."""
         J, targets = (xp.reshape(A, (n, n_out * n_in)) for A in (J, dy))
-        slope_values, GJ = backprop.loss_and_output_grad(squares, J, targets, row_weight)
-        return weight * slope_values, xp.reshape(weight * GJ, dy.shape)
+        slope_values, GJ = backprop.loss_and_output_grad(squares, J, targets, weight)
+        return slope_weight * slope_values, xp.reshape(slope_weight * GJ, dy.shape)
 
     if n_out < n_in:
         # With GJ held fixed, Σ_k GJ[o, k] dY_o/dx_k is the tangent of output o along the direction
@@ -234,7 +234,7 @@ def _residual_grads(
         last = jet(rows)
         _, H, tape = last
         outputs.append((H[-1], xp.permute_dims(tape[-1].Ht, (1, 2, 0)), tape[-1].Hs))
-    Y, dY, lap = (joined(xp, list(parts)) for parts in zip(*outputs, strict=True))
+    Y, dY, lap = (concatenated(xp, list(parts)) for parts in zip(*outputs, strict=True))
     r, partials = _read_residual(residual(X, Y, dY, lap), problem, dY, backend)
     values, G, GJ, Gs = _residual_loss(spec, r, partials, dY, weight)
 
@@ -243,7 +243,7 @@ def _residual_grads(
         Z, H, tape = last if rows is blocks[-1] else jet(rows)
         Gt = xp.permute_dims(GJ[rows, ...], (2, 0, 1))
         with choice.undisturbed(spec):
-            grads = jets.grad_sums(spec, layers, Z, H, tape, G[rows, ...], Gt, part(Gs, rows), c)
+            grads = jets.grad_sums(spec, layers, Z, H, tape, G[rows, ...], Gt, rows_of(Gs, rows), c)
         return xp.sum(values[rows]), grads
 
     return _reduced(spec, map(block_sums, blocks), X, weight)
@@ -308,12 +308,12 @@ def _residual_loss(
 # Both -------------------------------------------------------------------------------------------
 
 
-def _checked_weight(weight: object) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, Real):
-        raise TypeError(f"weight must be a number, got {type_name(weight)}")
-    if not 0 <= float(weight) < math.inf:  # nor is nan
-        raise ValueError(f"weight must be finite and not negative, got {weight:g}")
-    return float(weight)
+def _checked_weight(slope_weight: object) -> float:
+    if isinstance(slope_weight, bool) or not isinstance(slope_weight, Real):
+        raise TypeError(f"slope_weight must be a number, got {type_name(slope_weight)}")
+    if not 0 <= float(slope_weight) < math.inf:  # nor is nan
+        raise ValueError(f"slope_weight must be finite and not negative, got {slope_weight:g}")
+    return float(slope_weight)
 
 
 def _blocks(spec: Spec, X: Array, n_arrays: int) -> Iterable[slice]:
@@ -328,6 +328,6 @@ def _reduced(
     weight: Array | None,
 ) -> LossAndGrads:
     """Losses and gradients of all blocks, added, and divided once."""
-    loss, grads = added_losses(blocks)
+    loss, grads = added_blocks(blocks)
     sums = Sums(loss, backprop.weight_sum(spec, X, weight), grads)
     return backprop.reduced(spec, sums)

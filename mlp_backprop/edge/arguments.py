@@ -23,12 +23,12 @@ FLOATING = {name: name for name in ("float64", "float32", "float16", "bfloat16")
 
 
 class Argument(NamedTuple):
-    """One array as it was passed. A list is `weak`: it has no dtype or library of its own."""
+    """One array as it was passed. A list is `untyped`: it has no dtype or library of its own."""
 
     name: str
     array: Array
     xp: Namespace
-    weak: bool = False
+    untyped: bool = False
 
     @property
     def is_floating(self) -> bool:
@@ -56,9 +56,9 @@ def read(name: str, value: object) -> Argument:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost: fill it first")
     xp = backends.namespace_of(value)
-    weak = xp is None and isinstance(value, list | tuple | range | float | int)
+    untyped = xp is None and isinstance(value, list | tuple | range | float | int)
     if xp is None or xp is np:
-        return _read_numpy(name, value, weak)
+        return _read_numpy(name, value, untyped)
     transform = backends.transform_of(value)
     if transform not in (None, backends.JIT):
         raise TypeError(
@@ -75,7 +75,7 @@ def read(name: str, value: object) -> Argument:
     return Argument(name, array, xp)
 
 
-def _read_numpy(name: str, value: object, weak: bool) -> Argument:
+def _read_numpy(name: str, value: object, untyped: bool) -> Argument:
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -90,7 +90,7 @@ def _read_numpy(name: str, value: object, weak: bool) -> Argument:
         array = array.astype(np.uint8)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    return Argument(name, array, np, weak)
+    return Argument(name, array, np, untyped)
 
 
 def _way_to_numbers(name: str, value: Any) -> str:
@@ -155,7 +155,7 @@ def type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
 
 
-class Home(NamedTuple):
+class Location(NamedTuple):
     """The library and device on which everything is computed."""
 
     xp: Namespace
@@ -183,22 +183,22 @@ class Home(NamedTuple):
         return self.xp.asarray(host, device=self.device)
 
 
-def named_home(backend: object) -> Home:
+def named_home(backend: object) -> Location:
     """A backend's own library, on the device it takes by default."""
     row = table_row("backend", backend, backends.BACKENDS)
-    return Home(backends.namespace(row.name), None)
+    return Location(backends.namespace(row.name), None)
 
 
-def common_home(arguments: list[Argument], backend: str | None) -> Home:
-    strong = [a for a in arguments if not a.weak]
+def common_home(arguments: list[Argument], backend: str | None) -> Location:
+    strong = [a for a in arguments if not a.untyped]
     xp = _named_namespace(strong, backend) if backend is not None else _inferred_namespace(strong)
     if xp is np:
-        return Home(np, None)
+        return Location(np, None)
     devices = {a.name: backends.device_of(xp, a.array) for a in strong if a.xp is xp}
     if not devices:
-        return Home(xp, None)
+        return Location(xp, None)
     _check_one_device(devices)
-    return Home(xp, next((device for device in devices.values() if device is not None), None))
+    return Location(xp, next((device for device in devices.values() if device is not None), None))
 
 
 def _inferred_namespace(strong: list[Argument]) -> Namespace:
@@ -238,9 +238,9 @@ def _check_own_or_numpy(xp: Namespace, backend: str, strong: list[Argument]) -> 
             )
 
 
-def check_at_home(home: Home, arguments: list[Argument], backend: str | None) -> None:
+def check_at_home(home: Location, arguments: list[Argument], backend: str | None) -> None:
     """Of arrays that come beside others, which are there: of that library, on that device."""
-    strong = [a for a in arguments if not a.weak]
+    strong = [a for a in arguments if not a.untyped]
     if backend is None:
         _check_one_library(Argument("X", None, home.xp), strong)
     else:
@@ -272,9 +272,9 @@ def _numpy_dtype_name(dtype: np.dtype[Any]) -> str:
     return dtype.name
 
 
-def common_dtype(layers: list[Layer], home: Home) -> str:
+def common_dtype(layers: list[Layer], home: Location) -> str:
     """The floating dtype of the parameters; float64 if they are all lists or integers."""
-    floating = [a for a in flat(layers) if a.is_floating and not a.weak]
+    floating = [a for a in flat(layers) if a.is_floating and not a.untyped]
     first = floating[0] if floating else Argument("", np.zeros(0), np)
     dtype = dtype_name(first.array.dtype)
     for other in floating:
@@ -283,7 +283,7 @@ def common_dtype(layers: list[Layer], home: Home) -> str:
     return check_dtype_of(home, dtype)
 
 
-def check_dtype_of(home: Home, dtype: DType) -> str:
+def check_dtype_of(home: Location, dtype: DType) -> str:
     """The name of a floating dtype, if the library has it and computes in it."""
     name = getattr(dtype, "__name__", None) or dtype_name(dtype)
     table_row("dtype", name, FLOATING)
@@ -301,10 +301,10 @@ def check_same_dtype(
     data: list[Argument], dtype: str, layers: Iterable[tuple[Argument, Argument]] = ()
 ) -> None:
     """Floating data must have the parameters' dtype; integers and lists are converted."""
-    floating = [a for a in data if a.is_floating and not a.weak]
+    floating = [a for a in data if a.is_floating and not a.untyped]
     params, theirs = flat(layers), {dtype_name(a.array.dtype) for a in floating}
     owner, fix = "the parameters", ""
-    if params and not any(a.is_floating and not a.weak for a in params):
+    if params and not any(a.is_floating and not a.untyped for a in params):
         owner = "the parameters, lists or integers that count as"
     if params and len(theirs) == 1:  # then the parameters are the odd ones
         fix = f"; or have parameters of {min(theirs)}, init_params(..., dtype='{min(theirs)}')"

@@ -233,7 +233,7 @@ def transform_of(array: object) -> str | None:
 _BARE_INTEGERS = {"torch.uint16", "torch.uint32", "torch.uint64"}
 
 
-def shared(array: Array, backend: str | None) -> Array:
+def borrowed(array: Array, backend: str | None) -> Array:
     """A torch tensor on a GPU as a CuPy array on the same memory, where backend="cupy" is named."""
     if backend != "cupy" or not _is_on_cuda(array):
         return array

@@ -9,7 +9,7 @@ from typing import Any
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.backprop import Activations
 from mlp_backprop.edge import backends
-from mlp_backprop.edge.arguments import FLOATING, Argument, Home, table_row, type_name
+from mlp_backprop.edge.arguments import FLOATING, Argument, Location, table_row, type_name
 from mlp_backprop.losses import LOSSES, Loss
 from mlp_backprop.types import Array, Layer, Net
 
@@ -135,7 +135,7 @@ def check_target_shape(y: Argument, loss: Loss, n: int, width: int) -> bool:
     """Whether y holds class indices (n,), once its shape is seen to fit the outputs."""
     shape = tuple(y.array.shape)
     if loss.targets == "class" and shape == (n,):
-        if y.is_floating and not (y.weak and n == 0):
+        if y.is_floating and not (y.untyped and n == 0):
             raise TypeError(
                 f"y has shape ({n},) and dtype {y.array.dtype}: class indices must "
                 f"be integers; weights per class have shape ({n}, {width})"
@@ -191,7 +191,7 @@ def check_weight_values(weight: Argument | None, reduction: str) -> None:
         )
 
 
-def check_precision(precision: object, home: Home, dtype: str) -> None:
+def check_precision(precision: object, home: Location, dtype: str) -> None:
     """A name of PRECISIONS; any but the default is for float32 on backend "cupy" alone."""
     if isinstance(precision, str) and precision in {*FLOATING} - {*PRECISIONS}:
         raise ValueError(

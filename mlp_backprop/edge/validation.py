@@ -11,7 +11,7 @@ from mlp_backprop.backprop import Spec
 from mlp_backprop.edge import backends
 from mlp_backprop.edge.arguments import (
     Argument,
-    Home,
+    Location,
     check_at_home,
     check_same_dtype,
     common_dtype,
@@ -45,9 +45,9 @@ class Problem(NamedTuple):
     weight: Array | None = None
 
     @property
-    def home(self) -> Home:
+    def home(self) -> Location:
         """Where all of them are."""
-        return Home(self.spec.xp, backends.device_of(self.spec.xp, self.X))
+        return Location(self.spec.xp, backends.device_of(self.spec.xp, self.X))
 
 
 def network(
@@ -81,13 +81,13 @@ def problem(
     name: str = "X",
 ) -> Problem:
     """Check the arguments of a gradient; looking at values on a device waits for it."""
-    layers = _shared_layers(read_params(params), backend)
+    layers = _borrowed_layers(read_params(params), backend)
     rows, loss_row = table_rows(params, len(layers), activation, loss, reduction)
-    inputs = shared(read(name, X), backend)
-    targets = None if y is ABSENT else shared(read("y", y), backend)
+    inputs = borrowed(read(name, X), backend)
+    targets = None if y is ABSENT else borrowed(read("y", y), backend)
     weight = None
     if sample_weight is not None:
-        weight = shared(read("sample_weight", sample_weight), backend)
+        weight = borrowed(read("sample_weight", sample_weight), backend)
 
     data = [argument for argument in (inputs, targets, weight) if argument is not None]
     home = common_home([*flat(layers), *data], backend)
@@ -122,7 +122,7 @@ def specification(
     precision: Any = "float32",
 ) -> Spec:
     """Check what is known before data comes: the parameters and the names."""
-    layers = _shared_layers(read_params(params), backend)
+    layers = _borrowed_layers(read_params(params), backend)
     rows, loss_row = table_rows(params, len(layers), activation, loss, reduction)
     home = common_home(flat(layers), backend)
     sizes = check_layer_shapes(layers)
@@ -141,9 +141,9 @@ def check_out(out: Params, spec: Spec) -> list[Layer]:
     if len(arrays) != len(shapes):
         raise ValueError(f"{expected}; got {len(layers)} layers")
     for a, shape in zip(arrays, shapes, strict=True):
-        kind = tuple(a.array.shape), a.xp, a.array.dtype, a.weak
+        kind = tuple(a.array.shape), a.xp, a.array.dtype, a.untyped
         if kind != (shape, spec.xp, spec.dtype, False):
-            came = "list" if a.weak else f"{backends.library_name(a.xp)} array"
+            came = "list" if a.untyped else f"{backends.library_name(a.xp)} array"
             dtype = dtype_name(a.array.dtype)
             raise ValueError(f"{expected}; {a.name} is a {came} of {dtype}, {shape_of(a)}")
     if not all(backends.is_writeable(a.xp, a.array) for a in arrays):
@@ -166,7 +166,7 @@ def described(spec: Spec) -> str:
 
 def like_params(value: Params, name: str, problem: Problem, backend: str | None) -> list[Layer]:
     """What must have the structure of the parameters."""
-    layers = _shared_layers(read_params(value, name), backend)
+    layers = _borrowed_layers(read_params(value, name), backend)
     shapes = [tuple(a.array.shape) for a in flat(layers)]
     expected = [tuple(A.shape) for A in flat(problem.params)]
     if shapes != expected:
@@ -176,7 +176,7 @@ def like_params(value: Params, name: str, problem: Problem, backend: str | None)
 
 def like_outputs(value: Array, name: str, problem: Problem, backend: str | None) -> Array:
     """An array (n, d_L)."""
-    argument = shared(read(name, value), backend)
+    argument = borrowed(read(name, value), backend)
     expected = (problem.X.shape[0], problem.spec.sizes[-1])
     if tuple(argument.array.shape) != expected:
         raise ValueError(
@@ -187,7 +187,7 @@ def like_outputs(value: Array, name: str, problem: Problem, backend: str | None)
 
 def like_inputs(value: Array, name: str, problem: Problem, backend: str | None) -> Array:
     """Other inputs of the same net."""
-    argument = shared(read(name, value), backend)
+    argument = borrowed(read(name, value), backend)
     check_inputs(argument, problem.spec.sizes[0])
     return _placed(argument, problem, backend)
 
@@ -196,7 +196,7 @@ def of_shape(
     value: Array, name: str, shape: tuple[int, ...], problem: Problem, backend: str | None
 ) -> Array:
     """An array of this shape."""
-    argument = shared(read(name, value), backend)
+    argument = borrowed(read(name, value), backend)
     if tuple(argument.array.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {shape_of(argument)}")
     return _placed(argument, problem, backend)
@@ -214,11 +214,11 @@ def _checked_dtype(arguments: list[Argument], problem: Problem, backend: str | N
     return dtype
 
 
-def shared(argument: Argument, backend: str | None) -> Argument:
+def borrowed(argument: Argument, backend: str | None) -> Argument:
     """The argument, or the same memory as an array of the backend's library."""
-    array = backends.shared(argument.array, backend)
+    array = backends.borrowed(argument.array, backend)
     return argument if array is argument.array else read(argument.name, array)
 
 
-def _shared_layers(layers: list[Layer], backend: str | None) -> list[Layer]:
-    return [Layer(shared(W, backend), shared(b, backend)) for W, b in layers]
+def _borrowed_layers(layers: list[Layer], backend: str | None) -> list[Layer]:
+    return [Layer(borrowed(W, backend), borrowed(b, backend)) for W, b in layers]

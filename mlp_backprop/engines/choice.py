@@ -29,7 +29,7 @@ from mlp_backprop.edge.backends import library_name
 from mlp_backprop.engines import numpy_products, numpy_tiles, threads
 from mlp_backprop.engines.schedule import SMALLEST_DIVIDED_PRODUCT
 from mlp_backprop.maths import samples, tangents
-from mlp_backprop.maths.row_blocks import added, part, row_blocks
+from mlp_backprop.maths.row_blocks import added_layers, row_blocks, rows_of
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.maths.tangents import Kind
 from mlp_backprop.types import Array, Layer, LossAndGrads
@@ -129,10 +129,10 @@ def for_each_sweep(
     row_numbers = spec.sizes[0] + 3 * sum(spec.sizes[1:])  # Z_l, H_l and D_l
     with undisturbed(spec, X.shape[0]):
         for rows in row_blocks(spec.xp, X, row_numbers):
-            use(*samples.sweep(spec, params, X[rows, ...], y[rows, ...], part(weight, rows)))
+            use(*samples.sweep(spec, params, X[rows, ...], y[rows, ...], rows_of(weight, rows)))
 
 
-def product_sums(
+def vector_product_sums(
     spec: Spec,
     kind: Kind,
     params: list[Layer],
@@ -143,11 +143,11 @@ def product_sums(
 ) -> list[Layer]:
     """The matrix of this kind, summed over samples, times v."""
     if is_for_numpy(spec):
-        return numpy_products.product_sums(spec, kind, params, v, X, y, weight)
+        return numpy_products.tiled_product_sums(spec, kind, params, v, X, y, weight)
 
     def sums(rows: slice) -> list[Layer]:
-        block = X[rows, :], y[rows, ...], part(weight, rows)
+        block = X[rows, :], y[rows, ...], rows_of(weight, rows)
         return tangents.product_sums(spec, kind, params, v, *block)
 
     with undisturbed(spec):
-        return reduce(added, map(sums, row_blocks(spec.xp, X, tangents.row_numbers(spec))))
+        return reduce(added_layers, map(sums, row_blocks(spec.xp, X, tangents.row_numbers(spec))))

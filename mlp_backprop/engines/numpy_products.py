@@ -32,7 +32,7 @@ from mlp_backprop.engines.schedule import (
     WIDE_TILE_BYTES,
     WIDE_WEIGHTS,
 )
-from mlp_backprop.maths.row_blocks import added
+from mlp_backprop.maths.row_blocks import added_layers
 from mlp_backprop.maths.tangents import Kind
 from mlp_backprop.types import Array, Layer
 
@@ -79,7 +79,7 @@ def _stacked(layer: Layer, change: Layer, row: InPlace | None) -> Stacked:
     return Stacked(Wb, np.concatenate([V, c[:, None], W], axis=1), np.concatenate([W, V]))
 
 
-class Tile:
+class ProductTile:
     """Buffers for a number of rows; lists are by layer, from 0."""
 
     def __init__(self, spec: Spec, in_place: tuple[bool, ...], rows: int) -> None:
@@ -107,23 +107,23 @@ class _Kept(threading.local):
     """The last two tiles of a thread, if small: fresh memory costs as much as the arithmetic."""
 
     def __init__(self) -> None:
-        self.tiles: dict[tuple[object, ...], Tile] = {}
+        self.tiles: dict[tuple[object, ...], ProductTile] = {}
 
-    def tile(self, spec: Spec, in_place: tuple[bool, ...], rows: int) -> Tile:
+    def tile(self, spec: Spec, in_place: tuple[bool, ...], rows: int) -> ProductTile:
         if rows * sum(spec.sizes) * spec.dtype.itemsize > TILE_BYTES:
-            return Tile(spec, in_place, rows)
+            return ProductTile(spec, in_place, rows)
         key = (rows, spec.sizes, spec.dtype.char, in_place)
         if key not in self.tiles:
             while len(self.tiles) > 1:
                 self.tiles.pop(next(iter(self.tiles)))
-            self.tiles[key] = Tile(spec, in_place, rows)
+            self.tiles[key] = ProductTile(spec, in_place, rows)
         return self.tiles[key]
 
 
 _kept = _Kept()
 
 
-def product_sums(
+def tiled_product_sums(
     spec: Spec,
     kind: Kind,
     params: list[Layer],
@@ -147,12 +147,12 @@ def product_sums(
         for start in shares[share]:
             part = slice(start, start + rows)
             sums = run(X[part], y[part], None if weight is None else weight[part])
-            totals[share] = added(totals[share], sums) if totals[share] else sums
+            totals[share] = added_layers(totals[share], sums) if totals[share] else sums
 
     with blas(spec, rows, with_threads):
         n_workers = threads.thread_count() if with_threads else 1
         threads.run_chunks(run_share, len(shares), n_workers)
-    return reduce(added, totals)
+    return reduce(added_layers, totals)
 
 
 def cut(spec: Spec, n: int) -> tuple[int, bool]:
@@ -202,7 +202,7 @@ class ProductRun:
         self._at_outputs(tile, y, weight)
         return self._down(tile, X)
 
-    def _up(self, tile: Tile, X: Array) -> None:
+    def _up(self, tile: ProductTile, X: Array) -> None:
         """(V1) and (V2), and f'' ∘ dZ."""
         tile.X[...] = X.T[: len(tile.X)]
         for l, (Wb, VcW, _) in enumerate(self.factors):
@@ -228,7 +228,7 @@ class ProductRun:
                 if self.bends[l]:
                     CHANGES[activation.name](H, dH, dF)
 
-    def _at_outputs(self, tile: Tile, y: Array, weight: Array | None) -> None:
+    def _at_outputs(self, tile: ProductTile, y: Array, weight: Array | None) -> None:
         """dG_L and G_L, left in [dD_L; D_L]."""
         loss, H, both = self.spec.loss, tile.H[-1].T, tile.deltas[-1]
         d = len(both) // 2
@@ -238,7 +238,7 @@ class ProductRun:
         if weight is not None:
             np.multiply(both, weight, both)
 
-    def _down(self, tile: Tile, X: Array) -> list[Layer]:
+    def _down(self, tile: ProductTile, X: Array) -> list[Layer]:
         """(V3) to (V6)."""
         sums = []
         for l in range(len(self.factors) - 1, -1, -1):
@@ -263,7 +263,7 @@ class ProductRun:
             sums.append(Layer(Wb[:, :-1], Wb[:, -1]))
         return sums[::-1]
 
-    def _times_df(self, tile: Tile, l: int) -> None:
+    def _times_df(self, tile: ProductTile, l: int) -> None:
         """(V3): from [dG; G] to [dD; D]."""
         both, F, spare = tile.deltas[l], tile.F[l], tile.spare[: len(tile.F[l])]
         dD, D = both[: len(F)], both[len(F) :]

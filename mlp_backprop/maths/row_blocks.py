@@ -23,22 +23,22 @@ def row_blocks(xp: Namespace, X: Array, row_numbers: int) -> Iterator[slice]:
         yield slice(start, min(n, start + step))
 
 
-def part(array: Array | None, rows: slice) -> Array | None:
+def rows_of(array: Array | None, rows: slice) -> Array | None:
     """A block of an array, which may be absent."""
     return None if array is None else array[rows, ...]
 
 
-def joined(xp: Namespace, blocks: list[Array]) -> Array:
+def concatenated(xp: Namespace, blocks: list[Array]) -> Array:
     """The entries of all blocks, in their order."""
     return blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=0)
 
 
-def added(layers: list[Layer], more: list[Layer]) -> list[Layer]:
+def added_layers(layers: list[Layer], more: list[Layer]) -> list[Layer]:
     """Sums over two blocks as sums over both."""
     pairs = zip(layers, more, strict=True)
     return list(starmap(lambda a, b: Layer(a.W + b.W, a.b + b.b), pairs))
 
 
-def added_losses(blocks: Iterable[tuple[Array, list[Layer]]]) -> tuple[Array, list[Layer]]:
+def added_blocks(blocks: Iterable[tuple[Array, list[Layer]]]) -> tuple[Array, list[Layer]]:
     """The losses and gradients of all blocks, added."""
-    return reduce(lambda a, b: (a[0] + b[0], added(a[1], b[1])), blocks)
+    return reduce(lambda a, b: (a[0] + b[0], added_layers(a[1], b[1])), blocks)

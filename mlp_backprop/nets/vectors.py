@@ -90,7 +90,7 @@ def unravel_params(x: ArrayLike, params: Params) -> list[Layer]:
     if not vector.is_floating:
         raise TypeError(f"x must have a floating dtype, got {vector.array.dtype}")
     like = [Layer(W.array, b.array) for W, b in read_params(params)]
-    P = n_params(like)
+    P = n_numbers(like)
     if tuple(vector.array.shape[-1:]) != (P,):
         raise ValueError(
             f"x must have shape (..., {P}), as many numbers as params holds; "
@@ -99,7 +99,7 @@ def unravel_params(x: ArrayLike, params: Params) -> list[Layer]:
     return unravel(vector.xp, vector.array, like)
 
 
-def n_params(params: list[Layer]) -> int:
+def n_numbers(params: list[Layer]) -> int:
     """P, how many numbers the parameters are."""
     return sum(math.prod(A.shape) for A in flat(params))
 

@@ -7,7 +7,7 @@ from oracles import make_problem
 from mlp_backprop import check_grads
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.checks import derivatives
-from mlp_backprop.checks.derivatives import FAMILY
+from mlp_backprop.checks.derivatives import CHECKS
 from mlp_backprop.derivatives import curvature, inputs, per_sample, products, residuals
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.types import Layer, flat
@@ -88,7 +88,7 @@ def off(result):
     return result._replace(grads=off(result.grads))
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", CHECKS)
 def test_a_mutant_fails(name, monkeypatch):
     module, function = function_of(name)
     monkeypatch.setattr(module, name, lambda *args, **options: off(function(*args, **options)))
@@ -109,7 +109,7 @@ def test_a_jacobian_wrong_in_one_of_its_kinds_fails(wrong, monkeypatch):
         check(make_problem(), also=["jacobian"])
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", CHECKS)
 def test_nan_fails(name, monkeypatch):
     module, function = function_of(name)
 

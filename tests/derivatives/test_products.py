@@ -247,7 +247,9 @@ def test_blocks_of_rows_add_up(product):
             X=problem.X[cut], y=problem.y[cut], options=problem.options | {"sample_weight": weight}
         )
         parts.append(run(product, part, v, reduction="sum"))
-    assert_grads_close(row_blocks.added(*parts), run(product, problem, v, reduction="sum"), 1e-13)
+    assert_grads_close(
+        row_blocks.added_layers(*parts), run(product, problem, v, reduction="sum"), 1e-13
+    )
 
 
 def test_jvp_of_the_gradient_is_the_gauss_newton_product():
@@ -333,7 +335,7 @@ def test_the_numpy_engine_is_the_derivation(product, monkeypatch):
     problem = make_problem(activation=["relu", "sigmoid", "tanh"], weighted=True)
     v = vector_like(problem)
     expected = run(product, problem, v)
-    monkeypatch.setattr(numpy_products, "product_sums", tangents.product_sums)
+    monkeypatch.setattr(numpy_products, "tiled_product_sums", tangents.product_sums)
     assert_grads_close(run(product, problem, v), expected, 1e-13)
 
 
@@ -608,7 +610,9 @@ def test_a_wrong_hessian_product_is_caught(mutant, monkeypatch):
     problem = make_problem((3, 3, 3, 3), **MUTANT)
     v = vector_like(problem)
     expected = difference_of_grads(problem, v)
-    monkeypatch.setattr(numpy_products, "product_sums", lambda *args: tangents.product_sums(*args))
+    monkeypatch.setattr(
+        numpy_products, "tiled_product_sums", lambda *args: tangents.product_sums(*args)
+    )
     assert_grads_close(run(hvp, problem, v), expected, 1e-7)
     MUTANTS[mutant](monkeypatch)
     with pytest.raises(AssertionError, match="of layer"):

@@ -122,7 +122,7 @@ def test_sobolev_against_torch(activation, loss):
         kind = {"activation": activation, "loss": loss, "weighted": seed % 2 == 0}
         problem = make_problem(sizes, (7, 2, 3)[seed % 3], **kind, seed=seed)
         dy, reduction = slopes(problem), ("mean", "sum")[seed % 2]
-        got = run_sobolev(problem, dy, weight=0.3, reduction=reduction)
+        got = run_sobolev(problem, dy, slope_weight=0.3, reduction=reduction)
         expected = by_torch(problem, torch_sobolev(problem, dy, 0.3), reduction)
         assert_result_close(got, expected)
 
@@ -185,7 +185,7 @@ def test_the_losses_are_those_of_the_derivatives():
     dy = slopes(problem)
     plain = compute_grads(*args, problem.y, **options).loss
     error = ((jacobian(*args, **options) - dy) ** 2).sum() / 7
-    assert_close(run_sobolev(problem, dy, weight=2.0).loss, plain + 2 * error, 1e-14)
+    assert_close(run_sobolev(problem, dy, slope_weight=2.0).loss, plain + 2 * error, 1e-14)
 
     def kept(*given):
         for array, expected in zip(given, expected_arguments, strict=True):
@@ -210,7 +210,7 @@ def test_the_losses_are_those_of_the_derivatives():
 def test_without_weight_sobolev_is_the_loss_alone():
     problem = make_problem(weighted=True, loss="poisson")
     expected = compute_grads(problem.params, problem.X, problem.y, **problem.options)
-    assert_result_close(run_sobolev(problem, slopes(problem), weight=0), expected, 1e-13)
+    assert_result_close(run_sobolev(problem, slopes(problem), slope_weight=0), expected, 1e-13)
 
 
 def test_the_targets_themselves_leave_the_loss_alone():
@@ -370,7 +370,7 @@ def test_a_named_backend_takes_numpy_arrays():
 
 def test_lists_do():
     params = [([[2.0]], [1.0])]
-    result = sobolev_grads(params, [[3]], [[5]], [[[1]]], weight=2)
+    result = sobolev_grads(params, [[3]], [[5]], [[[1]]], slope_weight=2)
     assert float(result.loss) == 4 + 2
     assert_grads_close(result.grads, [(np.array([[4.0 * 3 + 4]]), np.array([4.0]))])
 
@@ -467,8 +467,8 @@ def test_activations_with_a_kink_are_refused(name):
 )
 def test_a_bad_weight_is_refused(weight, error):
     problem = make_problem()
-    with pytest.raises(error, match="weight must be"):
-        run_sobolev(problem, slopes(problem), weight=weight)
+    with pytest.raises(error, match="slope_weight must be"):
+        run_sobolev(problem, slopes(problem), slope_weight=weight)
 
 
 def test_bad_slopes_are_refused():

@@ -247,7 +247,7 @@ def shared_memory(monkeypatch):
 
 def test_cupy_works_on_the_memory_and_the_stream_of_torch(shared_memory):
     tensor, log = shared_memory
-    assert namespaces.shared(tensor, "cupy") == ("shared", tensor)
+    assert namespaces.borrowed(tensor, "cupy") == ("shared", tensor)
     with namespaces.callers_stream([1, tensor], "cupy"):
         log.append("work")
     outwards = ["out of stream (0, 7)", "out of device 1"]
@@ -257,14 +257,14 @@ def test_cupy_works_on_the_memory_and_the_stream_of_torch(shared_memory):
 @pytest.mark.parametrize("name", [None, "torch", "numpy"])
 def test_only_where_cupy_is_named(shared_memory, name):
     tensor, log = shared_memory
-    assert namespaces.shared(tensor, name) is tensor
+    assert namespaces.borrowed(tensor, name) is tensor
     with namespaces.callers_stream([1, tensor], name):
         assert log == []
 
 
 def test_only_what_lies_on_a_gpu():
     for array in (np.ones(3), [1.0], SimpleNamespace(is_cuda=False)):
-        assert namespaces.shared(array, "cupy") is array
+        assert namespaces.borrowed(array, "cupy") is array
         with namespaces.callers_stream([array], "cupy"):
             pass
 
@@ -274,7 +274,7 @@ def test_every_argument_may_be_shared(monkeypatch):
     problem = make_problem(n=5, weighted=True)
     expected = call(problem.map(lambda A: A + 1))
     outputs = forward([(W + 1, b + 1) for W, b in problem.params], problem.X + 1)
-    monkeypatch.setattr(namespaces, "shared", lambda array, backend: array + 1)
+    monkeypatch.setattr(namespaces, "borrowed", lambda array, backend: array + 1)
     np.testing.assert_array_equal(forward(problem.params, problem.X), outputs)
     options = {key: value for key, value in problem.options.items() if key != "sample_weight"}
     weight = problem.options["sample_weight"]

@@ -14,7 +14,7 @@ from oracles import assert_close, assert_grads_close
 from mlp_backprop import check_grads, compute_grads, forward, init_params, prepare_grads, trace
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.edge import backends, rules
-from mlp_backprop.edge.arguments import Home
+from mlp_backprop.edge.arguments import Location
 
 RNG = np.random.default_rng(0)
 PARAMS = init_params([2, 3, 1], RNG)
@@ -374,7 +374,7 @@ def test_precision_refused(backend, name):
 def test_precision_of_float64_is_its_own(monkeypatch):
     """On CuPy too, here played by NumPy: only float32 has a choice."""
     monkeypatch.setattr(backends, "library_name", lambda xp: "cupy")
-    home = Home(np, None)
+    home = Location(np, None)
     for name in rules.PRECISIONS:
         rules.check_precision(name, home, "float32")
     rules.check_precision("float32", home, "float64")

@@ -37,10 +37,6 @@ TARGETS = {
 NULL = np.uint64(0)
 
 
-def n_params(sizes: tuple[int, ...]) -> int:
-    return sum(n_out * (n_in + 1) for n_in, n_out in pairwise(sizes))
-
-
 def vector_bytes(n_columns: int) -> int:
     """The widest vectors of floats that divide a row: 16, 8 or 4 bytes."""
     return math.gcd(4 * n_columns, 16)

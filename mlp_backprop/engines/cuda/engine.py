@@ -23,7 +23,7 @@ from mlp_backprop.backprop import Spec, Sums
 from mlp_backprop.engines.cuda import layers as cuda_layers
 from mlp_backprop.engines.cuda import tiny, warp_tiles
 from mlp_backprop.engines.cuda.arrays import TARGETS, Arguments
-from mlp_backprop.maths.row_blocks import added_losses, part
+from mlp_backprop.maths.row_blocks import added_blocks, rows_of
 from mlp_backprop.types import Array, Layer, LossAndGrads, flat
 
 TIERS: tuple[Any, ...] = (tiny, warp_tiles, cuda_layers)
@@ -67,8 +67,8 @@ def derivation(spec: Spec, n: int) -> TierRun:
         layers = [Layer(W, b) for W, b in params]
         step = max(1, n)
         blocks = (slice(k, k + step) for k in range(0, max(1, X.shape[0]), step))
-        parts = (sums_of(layers, X[rows], y[rows], part(weight, rows)) for rows in blocks)
-        loss, grads = added_losses((sums.loss, sums.grads) for sums in parts)
+        parts = (sums_of(layers, X[rows], y[rows], rows_of(weight, rows)) for rows in blocks)
+        loss, grads = added_blocks((sums.loss, sums.grads) for sums in parts)
         sums = Sums(loss, backprop.weight_sum(spec, X, weight), grads)
         asked = spec._replace(reduction="mean" if mean else "sum")
         loss, grads = backprop.reduced(asked, sums)

@@ -55,7 +55,7 @@ def _summing_to_one(weight: Array, dtype: str) -> Array:
     return cupy.divide(weight, weight.sum(dtype="float64"), out=cupy.empty(weight.shape, dtype))
 
 
-class Results:
+class LayerResults:
     """Loss and gradients, views of one new array; of `out`, if it is given, the dE/dW_l."""
 
     def __init__(self, s: Shapes, real: str, out: list[Layer] | None) -> None:
@@ -105,7 +105,7 @@ class Call(NamedTuple):
     stored_X: int = 0  # X as products read it, where it is converted beforehand
 
 
-def make_call(inputs: Inputs, results: Results, mean: bool) -> Call:
+def make_call(inputs: Inputs, results: LayerResults, mean: bool) -> Call:
     """The addresses of these arrays. Weights, where there are any, have been divided already."""
     params, *data = inputs
     n = inputs.X.shape[0]

@@ -30,7 +30,7 @@ from mlp_backprop.engines.cuda.cublaslt import Matrix, Product
 from mlp_backprop.engines.cuda.launches import Launches, recorded
 from mlp_backprop.engines.cuda.layer_calls import (
     Call,
-    Results,
+    LayerResults,
     make_call,
     make_inputs,
     row_bytes,
@@ -203,7 +203,7 @@ class LayerRun:
         n, real, out = arguments.X.shape[0], self.types.real, arguments.out
         inputs = make_inputs(real, arguments)
         at_once = out is not None and n > 0 and takes_products(out, inputs)
-        results = Results(self.shapes, real, out if at_once else None)
+        results = LayerResults(self.shapes, real, out if at_once else None)
         if n == 0:
             results.array.data.memset_async(0, results.array.nbytes)
         else:
@@ -225,7 +225,7 @@ class LayerRun:
         given = {id(A) for A in (*flat(params), X, y, weight)}
         if X.shape[0] == 0 or not all(id(A) in given for A in inputs.arrays()):
             return None
-        results = Results(self.shapes, self.types.real, None)
+        results = LayerResults(self.shapes, self.types.real, None)
         call, reads = make_call(inputs, results, mean), inputs.arrays()
         if self.types.converts and arguments.constant_X:
             reads.append(self._stored(X))

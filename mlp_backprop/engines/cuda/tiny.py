@@ -21,14 +21,13 @@ from mlp_backprop.engines.cuda.arrays import (
     TARGETS,
     Arguments,
     Results,
-    n_params,
     pointers_to,
     readable_inputs,
     vector_bytes,
 )
 from mlp_backprop.engines.cuda.build import Specialisation
 from mlp_backprop.engines.cuda.launches import Launches
-from mlp_backprop.types import DType, LossAndGrads, flat
+from mlp_backprop.types import DType, LossAndGrads, flat, n_params
 
 WARP = 32
 BLOCK = 128

@@ -30,14 +30,13 @@ from mlp_backprop.engines.cuda.arrays import (
     TARGETS,
     Arguments,
     Results,
-    n_params,
     pointers_to,
     readable_inputs,
     vector_bytes,
 )
 from mlp_backprop.engines.cuda.build import Specialisation
 from mlp_backprop.engines.cuda.launches import Launches
-from mlp_backprop.types import DType, LossAndGrads, flat
+from mlp_backprop.types import DType, LossAndGrads, flat, n_params
 
 WIDEST = 128
 MOST_TILES = 1024  # of a block

@@ -358,7 +358,7 @@ def torch():
 @pytest.mark.serial
 def test_tensors_are_taken_as_they_lie(cupy, torch):
     tensor = torch.ones(3, 2, device="cuda", requires_grad=True)
-    array = backends.shared(backends.as_plain(tensor), "cupy")
+    array = backends.borrowed(backends.as_plain(tensor), "cupy")
     assert array.data.ptr == tensor.data_ptr()
 
 
