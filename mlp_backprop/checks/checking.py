@@ -3,8 +3,8 @@
 The other derivatives are held to differences in checks/derivatives.py.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -15,17 +15,10 @@ from mlp_backprop.derivatives.gradients import compute_grads
 from mlp_backprop.edge import backends, validation
 from mlp_backprop.edge.arguments import dtype_name, generator, read_params, table_row
 from mlp_backprop.edge.calls import public
-from mlp_backprop.types import (
-    ActivationNames,
-    Array,
-    ArrayLike,
-    BackendName,
-    Layer,
-    LossName,
-    Params,
-    Reduction,
-    flat,
-)
+from mlp_backprop.types import Array, ArrayLike, Layer, LossOptions, Params, Reduction, flat
+
+# From a problem on the host, entries and what was got: what it should have been at these entries.
+Reference = Callable[[validation.Problem, list[Array], list[Array]], list[Array]]
 
 # The error of a correct gradient stays under these, with a wide margin; a derivative that is
 # wrong by a tenth of a percent does not.
@@ -38,17 +31,14 @@ def check_grads(
     X: ArrayLike,
     y: ArrayLike,
     *,
-    activation: ActivationNames | None = None,
-    loss: LossName | None = None,
     reduction: Reduction = "mean",
-    sample_weight: ArrayLike | None = None,
-    backend: BackendName | None = None,
     grads: Params | None = None,
     against: str | Sequence[str] = "differences",
     also: str | Sequence[str] = (),
     tolerance: float | None = None,
     max_entries: int = 2000,
     rng: Any = 0,
+    **options: Unpack[LossOptions],
 ) -> list[Layer]:
     """Compare the gradient with what it should be, and raise if it is not.
 
@@ -98,39 +88,40 @@ def check_grads(
     >>> max(error for layer in errors for error in layer) < 1e-8
     True
     """
-    options: dict[str, Any] = {
-        "activation": activation,
-        "loss": loss,
-        "sample_weight": sample_weight,
-        "backend": backend,
-    }
     problem = validation.problem(params, X, y, reduction=reduction, **options)
     if tolerance is None:
         tolerance = TOLERANCES[dtype_name(problem.spec.dtype)]
     if isinstance(max_entries, bool) or not isinstance(max_entries, int) or max_entries < 1:
         raise ValueError(f"max_entries must be an integer, 1 or more; got {max_entries!r}")
-    rng = generator(rng)
-    names = [against] if isinstance(against, str) else list(against)
-    references = [table_row("reference", name, REFERENCES) for name in names]
-    if not references:
-        raise ValueError(f"against names no reference; known: {', '.join(REFERENCES)}")
-    others = _others(also, problem)
+    rng, references, others = generator(rng), _references(against), _others(also, problem)
     if grads is None:
         grads = compute_grads(params, X, y, reduction=reduction, **options).grads
-    got = _host_grads(grads, problem)
-    host = _on_host(problem)
+    got, host = _host_grads(grads, problem), _on_host(problem)
     entries = _draw_entries([g.size for g in got], max_entries, rng)
-    value = abs(sample_losses(host).sum() / _divisor(host, reduction))
+    value = abs(sample_losses(host).sum() / _divisor(host))
     errors = np.zeros(len(got))
     for reference in references:
-        expected = reference(host, reduction, entries, got)
+        expected = reference(host, entries, got)
         errors = np.maximum(errors, _compare(got, expected, entries, value, tolerance))
-    case = derivatives.Case(params, X, y, options, problem, host, rng)
+    case = derivatives.Case(params, X, y, _all_of(options), problem, host, rng)
     for name, check in others.items():
         error = float(np.max([derivatives.error(*pair) for pair in check(case)]))
         if not error <= tolerance:  # nan is not below any tolerance
             raise AssertionError(f"{name}: relative error {error:.2g} above {tolerance:g}")
     return [Layer(float(W), float(b)) for W, b in errors.reshape(-1, 2)]
+
+
+def _references(against: str | Sequence[str]) -> list[Reference]:
+    """The rows of REFERENCES that are named."""
+    names = [against] if isinstance(against, str) else list(against)
+    if not names:
+        raise ValueError(f"against names no reference; known: {', '.join(REFERENCES)}")
+    return [table_row("reference", name, REFERENCES) for name in names]
+
+
+def _all_of(options: LossOptions) -> dict[str, Any]:
+    """Those that were not said too: None, which is what every function takes for them."""
+    return dict.fromkeys(LossOptions.__annotations__) | dict(options)
 
 
 def _others(also: str | Sequence[str], problem: validation.Problem) -> dict[str, derivatives.Check]:
@@ -170,8 +161,8 @@ def _on_host(problem: validation.Problem) -> validation.Problem:
     )
 
 
-def _divisor(host: validation.Problem, reduction: str) -> float:
-    return float(backprop.weight_sum(host.spec, host.X, host.weight)) if reduction == "mean" else 1
+def _divisor(host: validation.Problem) -> float:
+    return float(backprop.divisor(host.spec, backprop.weight_sum(host.spec, host.X, host.weight)))
 
 
 def _draw_entries(sizes: list[int], limit: int, rng: np.random.Generator) -> list[Array]:
@@ -186,10 +177,10 @@ def _draw_entries(sizes: list[int], limit: int, rng: np.random.Generator) -> lis
 
 
 def _by_differences(
-    host: validation.Problem, reduction: str, entries: list[Array], got: list[Array]
+    host: validation.Problem, entries: list[Array], got: list[Array]
 ) -> list[Array]:
     """Differences at the entries; of several tries, the one nearest to what was got."""
-    divisor = _divisor(host, reduction)
+    divisor = _divisor(host)
     here = sample_losses(host)
 
     def tries(array: Array, index: int) -> Iterator[float]:
@@ -217,9 +208,7 @@ def _by_differences(
     ]
 
 
-def _by_torch(
-    host: validation.Problem, reduction: str, entries: list[Array], got: list[Array]
-) -> list[Array]:
+def _by_torch(host: validation.Problem, entries: list[Array], got: list[Array]) -> list[Array]:
     """torch autograd at the entries."""
     backends.namespace("torch")
     from mlp_backprop.checks import torch_reference
@@ -227,7 +216,7 @@ def _by_torch(
     spec, params, X, y, weight = host
     names = [row.name for row in spec.activations]
     _, grads = torch_reference.loss_and_grads(
-        params, X, y, weight, names=names, loss=spec.loss.name, reduction=reduction
+        params, X, y, weight, names=names, loss=spec.loss.name, reduction=spec.reduction
     )
     return [g.flat[index] for g, index in zip(flat(grads), entries, strict=True)]
 

@@ -85,10 +85,9 @@ def problem(
     rows, loss_row = table_rows(params, len(layers), activation, loss, reduction)
     inputs = borrowed(read(name, X), backend)
     targets = None if y is ABSENT else borrowed(read("y", y), backend)
-    weight = None
-    if sample_weight is not None:
-        weight = borrowed(read("sample_weight", sample_weight), backend)
-
+    weight = sample_weight
+    if weight is not None:
+        weight = borrowed(read("sample_weight", weight), backend)
     data = [argument for argument in (inputs, targets, weight) if argument is not None]
     home = common_home([*flat(layers), *data], backend)
     sizes = check_layer_shapes(layers)
