@@ -301,16 +301,22 @@ def check_same_dtype(
     data: list[Argument], dtype: str, layers: Iterable[tuple[Argument, Argument]] = ()
 ) -> None:
     """Floating data must have the parameters' dtype; integers and lists are converted."""
-    floating = [a for a in data if a.is_floating and not a.untyped]
-    params, theirs = flat(layers), {dtype_name(a.array.dtype) for a in floating}
+    for argument in data:
+        if argument.is_floating and not argument.untyped:
+            if dtype_name(argument.array.dtype) != dtype:
+                raise _mixed_dtypes(argument, dtype, *_odd_ones(data, flat(layers)))
+
+
+def _odd_ones(data: list[Argument], params: list[Argument]) -> tuple[str, str]:
+    """What the parameters are in a sentence, and what to do if they alone are of their dtype."""
+    theirs = {dtype_name(a.array.dtype) for a in data if a.is_floating and not a.untyped}
     owner, fix = "the parameters", ""
     if params and not any(a.is_floating and not a.untyped for a in params):
         owner = "the parameters, lists or integers that count as"
-    if params and len(theirs) == 1:  # then the parameters are the odd ones
-        fix = f"; or have parameters of {min(theirs)}, init_params(..., dtype='{min(theirs)}')"
-    for argument in floating:
-        if dtype_name(argument.array.dtype) != dtype:
-            raise _mixed_dtypes(argument, dtype, owner, fix)
+    if params and len(theirs) == 1:
+        (dtype,) = theirs
+        fix = f"; or have parameters of {dtype}, init_params(..., dtype={dtype!r})"
+    return owner, fix
 
 
 def _mixed_dtypes(argument: Argument, dtype: str, owner: str, fix: str = "") -> TypeError:
