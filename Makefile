@@ -13,7 +13,8 @@
 # these two install nothing.
 
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported when it is imported: pip would compile all, for half a minute.
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 SOURCES = mlp_backprop tests benchmarks
 
 .PHONY: verify test test-kernels lint bench bench-quick bench-full check-gpu bench-gpu clean
