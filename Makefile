@@ -13,7 +13,8 @@
 # these two install nothing.
 
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported when it is imported: pip would compile all, for half a minute.
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 SOURCES = mlp_backprop tests benchmarks
 
 .PHONY: verify test test-kernels lint bench bench-quick bench-full check-gpu bench-gpu clean
@@ -21,7 +22,7 @@ SOURCES = mlp_backprop tests benchmarks
 verify: .venv/installed-verify
 	.venv/bin/python -m mlp_backprop verify
 
-# One worker for each core, of which each needs a gigabyte; more than eight gain nothing.
+# One worker for each core, each of up to two gigabytes; more than eight would gain nothing.
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test: .venv/installed-test

@@ -48,6 +48,15 @@ def numba_compiles_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def jax_forgets() -> Iterator[None]:
+    """JAX keeps a megabyte for each of thousands of operations: at the end of a file it lets go."""
+    yield
+    jax = sys.modules.get("jax")
+    if jax is not None:
+        jax.clear_caches()
+
+
 class Backend(NamedTuple):
     """One array library: NumPy array to its own, and back to a NumPy copy."""
 
