@@ -1,6 +1,7 @@
 """The Hessian, the Gauss-Newton matrix, the tangent kernel and SciPy's operators."""
 
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from oracles import ACTIVATIONS, LOSSES, assert_close, make_problem
 from mlp_backprop.derivatives import curvature
 from mlp_backprop.derivatives.curvature import ggn, hessian, linear_operator, ntk
 from mlp_backprop.derivatives.products import fisher_vp, ggnvp, hvp, vjp
+from mlp_backprop.edge import backends
 from mlp_backprop.maths import hessians, row_blocks
 from mlp_backprop.nets.vectors import ravel_params, unravel_params
 from mlp_backprop.types import flat
@@ -188,6 +190,24 @@ def test_operators_are_the_vector_products(kind, product, backend):
     assert operator.dtype == np.float64
     assert_close(operator @ np.eye(len(matrix)), matrix, 1e-12)
     assert_close(operator.T @ np.ones(len(matrix)), matrix.sum(axis=0), 1e-12)
+
+
+def test_each_product_runs_on_the_stream_of_the_arrays(monkeypatch):
+    """Not only what is done when the operator is made: the caller may be on another one by then."""
+    problem, seen = make_problem(), []
+
+    @contextmanager
+    def callers_stream(arguments, backend):
+        seen.append((*arguments, backend))
+        yield
+
+    options = problem.options | {"backend": "numpy"}
+    operator = linear_operator("ggn", problem.params, problem.X, problem.y, **options)
+    monkeypatch.setattr(backends, "callers_stream", callers_stream)
+    operator @ np.ones(operator.shape[1])
+    [(first, backend)] = seen
+    assert first is problem.X
+    assert backend == "numpy"
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
