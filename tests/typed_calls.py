@@ -1,6 +1,6 @@
 """What a type checker accepts of a caller and what it refuses; `make lint` checks it with mypy.
 
-A line that is marked as an error and is none is an error itself.
+A line that is marked as an error and is none is an error itself. Nothing here is run.
 """
 
 import numpy as np
@@ -11,7 +11,6 @@ from mlp_backprop import (
     Net,
     Params,
     PreparedGrads,
-    Trace,
     compute_grads,
     forward,
     hvp,
@@ -22,33 +21,35 @@ from mlp_backprop import (
     trace,
 )
 
-layers = init_params([2, 10, 5, 1], rng=0)
-params: Params = layers
-X, y = np.ones((4, 2)), np.zeros((4, 1))
-names = ["tanh", "relu", "identity"]
 
-# Arrays, lists, integers; one name, names, a Net.
-result: LossAndGrads = compute_grads(params, X, y, activation="tanh", loss="huber")
-compute_grads([([[1.0, 2.0]], [3.0])], [[4, 5]], [[6]], activation=names, reduction="sum")
-compute_grads([[np.ones((1, 2)), np.ones(1)]], [np.ones(2), np.ones(2)], y)
-compute_grads(Net(layers, names, "poisson"), X, y, sample_weight=[1.0, 2.0, 0.5, 1.0])
-compute_grads(params, X, y, backend="cupy", precision="tf32")
-forward(Net([Layer(np.ones((1, 2)), np.ones(1))], ("sigmoid",)), X)
-steps: Trace = trace(params, X, y)
-grad_fn: PreparedGrads = prepare_grads(params, n=4)
-loss, grads = grad_fn(params, X, y, out=result.grads)
-hvp(params, X, y, grads)
+def typed_calls() -> None:
+    layers = init_params([2, 10, 5, 1], rng=0)
+    params: Params = layers
+    X, y = np.ones((4, 2)), np.zeros((4, 1))
+    names = ["tanh", "relu", "identity"]
 
-compute_grads(params, X, y, activation="nope")  # type: ignore[arg-type]
-compute_grads(params, X, y, loss="mse")  # type: ignore[arg-type]
-compute_grads(params, X, y, reduction="none")  # type: ignore[arg-type]
-compute_grads(params, X, y, backend="tensorflow")  # type: ignore[arg-type]
-compute_grads(params, X, y, precision="float64")  # type: ignore[arg-type]
-compute_grads(params, 3, y)  # type: ignore[arg-type]
-compute_grads(params, "X", y)  # type: ignore[arg-type]
-compute_grads(params, X, None)  # type: ignore[arg-type]
-compute_grads(0.5, X, y)  # type: ignore[arg-type]
-compute_grads(np.ones(3), X, y)  # type: ignore[arg-type]
-Net(layers, "nope")  # type: ignore[arg-type]
-jacobian(params, X, wrt="outputs")  # type: ignore[arg-type]
-linear_operator("gauss", params, X, y)  # type: ignore[arg-type]
+    # Arrays, lists, integers; one name, names, a Net.
+    result: LossAndGrads = compute_grads(params, X, y, activation="tanh", loss="huber")
+    compute_grads([([[1.0, 2.0]], [3.0])], [[4, 5]], [[6]], activation=names, reduction="sum")
+    compute_grads([[np.ones((1, 2)), np.ones(1)]], [np.ones(2), np.ones(2)], y)
+    compute_grads(Net(layers, names, "poisson"), X, y, sample_weight=[1.0, 2.0, 0.5, 1.0])
+    compute_grads(params, X, y, backend="cupy", precision="tf32")
+    forward(Net([Layer(np.ones((1, 2)), np.ones(1))], ("sigmoid",)), X)
+    deltas: list[object] = trace(params, X, y).D
+    grad_fn: PreparedGrads = prepare_grads(params, n=4)
+    hvp(params, X, y, grad_fn(params, X, y, out=result.grads).grads)
+    deltas.clear()
+
+    compute_grads(params, X, y, activation="nope")  # type: ignore[arg-type]
+    compute_grads(params, X, y, loss="mse")  # type: ignore[arg-type]
+    compute_grads(params, X, y, reduction="none")  # type: ignore[arg-type]
+    compute_grads(params, X, y, backend="tensorflow")  # type: ignore[arg-type]
+    compute_grads(params, X, y, precision="float64")  # type: ignore[arg-type]
+    compute_grads(params, 3, y)  # type: ignore[arg-type]
+    compute_grads(params, "X", y)  # type: ignore[arg-type]
+    compute_grads(params, X, None)  # type: ignore[arg-type]
+    compute_grads(0.5, X, y)  # type: ignore[arg-type]
+    compute_grads(np.ones(3), X, y)  # type: ignore[arg-type]
+    Net(layers, "nope")  # type: ignore[arg-type]
+    jacobian(params, X, wrt="outputs")  # type: ignore[arg-type]
+    linear_operator("gauss", params, X, y)  # type: ignore[arg-type]
