@@ -29,6 +29,10 @@ os.environ["JAX_ENABLE_X64"] = "1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(BUILD / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+# torch reads this, and OpenBLAS does not: threads of torch that wait for each other in small
+# operations spin on the cores of the other workers.
+os.environ["MKL_NUM_THREADS"] = "1"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def numba_compiles_once() -> Iterator[None]:
