@@ -35,10 +35,9 @@ def typed_calls() -> None:
     compute_grads(Net(layers, names, "poisson"), X, y, sample_weight=[1.0, 2.0, 0.5, 1.0])
     compute_grads(params, X, y, backend="cupy", precision="tf32")
     forward(Net([Layer(np.ones((1, 2)), np.ones(1))], ("sigmoid",)), X)
-    deltas: list[object] = trace(params, X, y).D
+    trace(params, X, y).D.reverse()
     grad_fn: PreparedGrads = prepare_grads(params, n=4)
     hvp(params, X, y, grad_fn(params, X, y, out=result.grads).grads)
-    deltas.clear()
 
     compute_grads(params, X, y, activation="nope")  # type: ignore[arg-type]
     compute_grads(params, X, y, loss="mse")  # type: ignore[arg-type]
