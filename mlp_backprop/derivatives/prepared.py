@@ -212,27 +212,31 @@ class PreparedGrads:
         out: Params | None = None,
     ) -> LossAndGrads:
         """Loss and gradients, as `compute_grads` gives them."""
-        given: tuple[Any, Any, Any, Any] = self._unwrapped(params), X, y, sample_weight
-        targets: Any = self._unwrapped(out)
-        seen = None
-        if self._kinds.fit(*given) and (out is None or self._kinds.fit_grads(targets)):
+        given = self._unwrapped(params) if type(params) is Net else params
+        if out is not None:
+            return self._into(out, given, X, y, sample_weight)
+        if self._kinds.fit(given, X, y, sample_weight):
+            self._check_n(X)
             self._check_values(X, y, sample_weight)
-            if out is not None:
-                seen = self._seen(targets)
-            result = self._call(*given, out=seen)
-        else:
-            with self._on_stream(X):
-                checked = self._checked(*given)
-                if out is not None:
-                    seen = validation.check_out(targets, self._spec)
-                result = self._call(*checked, out=seen)
-        if out is None:
-            return result
-        return LossAndGrads(result.loss, [Layer(W, b) for W, b in targets])
+            return self._run(given, X, y, sample_weight)
+        with self._on_stream(X):
+            checked = self._checked(given, X, y, sample_weight)
+            self._check_n(checked[1])
+            return self._run(*checked)
 
-    def _call(self, params: Any, X: Array, y: Array, weight: Any, out: Any) -> LossAndGrads:
-        self._check_n(X)
-        return self._run(params, X, y, weight, out)
+    def _into(self, out: Any, *given: Any) -> LossAndGrads:
+        """The same, with the gradients in arrays of the caller's."""
+        targets = self._unwrapped(out)
+        if self._kinds.fit(*given) and self._kinds.fit_grads(targets):
+            arrays, seen = given, self._seen(targets)
+            self._check_values(*given[1:])
+        else:
+            with self._on_stream(given[1]):
+                arrays, seen = self._checked(*given), validation.check_out(targets, self._spec)
+        self._check_n(arrays[1])
+        with self._on_stream(given[1]):
+            loss, _ = self._run(*arrays, seen)
+        return LossAndGrads(loss, [Layer(W, b) for W, b in targets])
 
     def _seen(self, out: Any) -> list[Layer]:
         """`out`, looked at unless its arrays are those of the last call, which are kept."""
@@ -244,18 +248,17 @@ class PreparedGrads:
 
     def _unwrapped(self, params: Any) -> Any:
         """The parameters of a Net of the same names; another one is for the full checks."""
-        if type(params) is Net and params[1:] == self._names:
-            return params.params
-        return params
+        is_ours = type(params) is Net and params[1:] == self._names
+        return params.params if is_ours else params
 
-    def _on_stream(self, X: Array) -> Any:
+    def _on_stream(self, X: Any) -> Any:
         return backends.callers_stream([X], self._backend)
 
-    def _check_n(self, X: Array) -> None:
+    def _check_n(self, X: Any) -> None:
         if X.shape[0] > self._n:
             raise ValueError(f"prepared for up to {self._n} rows, X has {X.shape[0]}")
 
-    def _check_values(self, X: Array, y: Array, weight: Array | None) -> None:
+    def _check_values(self, X: Any, y: Any, weight: Any) -> None:
         looks_at_y = self._looks_at_y and not (y.ndim == 1 and self._run.checks_labels)
         if weight is None and X.shape[0] > 0 and not looks_at_y:
             return

@@ -24,11 +24,12 @@ def public(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
 def on_stream_of_arguments(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """The stream alone, for a function that calls the caller's own, whose warnings are his."""
     signature = spelled_out(function)
+    names = frozenset(signature.parameters)
 
     @wraps(function)
     def call(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        if not options.keys() <= signature.parameters.keys():
-            unknown = next(name for name in options if name not in signature.parameters)
+        if not names.issuperset(options):
+            unknown = next(name for name in options if name not in names)
             raise TypeError(f"{function.__name__}() has no argument {unknown!r}: {signature}")
         backend: Any = options.get("backend")
         with backends.callers_stream((*args, *options.values()), backend):

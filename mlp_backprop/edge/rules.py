@@ -193,6 +193,8 @@ def check_weight_values(weight: Argument | None, reduction: str) -> None:
 
 def check_precision(precision: object, home: Location, dtype: str) -> None:
     """A name of PRECISIONS; any but the default is for float32 on backend "cupy" alone."""
+    if precision == "float32":
+        return
     if isinstance(precision, str) and precision in {*FLOATING} - {*PRECISIONS}:
         raise ValueError(
             f"precision={precision!r}: everything is computed in the dtype of the parameters, here "
@@ -201,7 +203,7 @@ def check_precision(precision: object, home: Location, dtype: str) -> None:
         )
     table_row("precision", precision, PRECISIONS)
     library = backends.library_name(home.xp)
-    if precision != "float32" and (library, dtype) != ("cupy", "float32"):
+    if (library, dtype) != ("cupy", "float32"):
         raise ValueError(
             f"precision={precision!r} is for float32 arrays under backend 'cupy'; these are "
             f"{library} arrays of {dtype}, computed in {dtype}: leave precision out"

@@ -47,23 +47,33 @@ class Pass:
 
     def __call__(self, *arguments: Any) -> LossAndGrads:
         """The run, as above."""
-        return self._alone(self._run, *arguments)
+        if self._in_use.locked():
+            raise _in_use()
+        with self._in_use:  # which Ctrl-C cannot leave locked
+            return self._run(*arguments)
 
     def bound(self, *arguments: Any, constant_X: bool = False) -> Callable[[], LossAndGrads]:
         """The pass over these arrays, whatever they hold when it is called; X may be promised."""
         own = getattr(self._run, "bound", None)
         if own is None:
             return partial(self, *arguments)
-        return partial(self._alone, own(*arguments, constant_X))
+        run, in_use = own(*arguments, constant_X), self._in_use
 
-    def _alone(self, run: Callable[..., LossAndGrads], *arguments: Any) -> LossAndGrads:
-        if self._in_use.locked():
-            raise RuntimeError(
-                "a prepared call is for one thread at a time, since it keeps its workspace: "
-                "prepare one for each thread, or call compute_grads"
-            )
-        with self._in_use:  # which Ctrl-C cannot leave locked
-            return run(*arguments)
+        def call() -> LossAndGrads:
+            if in_use.locked():
+                raise _in_use()
+            with in_use:
+                result: LossAndGrads = run()
+                return result
+
+        return call
+
+
+def _in_use() -> RuntimeError:
+    return RuntimeError(
+        "a prepared call is for one thread at a time, since it keeps its workspace: "
+        "prepare one for each thread, or call compute_grads"
+    )
 
 
 def plan(spec: Spec, n: int, backend: str | None, precision: str = "float32") -> Pass:

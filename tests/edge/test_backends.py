@@ -269,8 +269,8 @@ def test_only_what_lies_on_a_gpu():
             pass
 
 
-def test_every_argument_may_be_shared(monkeypatch):
-    """Played by adding 1: all arrays must come out of `shared`."""
+def test_every_argument_may_be_borrowed(monkeypatch):
+    """Played by adding 1: all arrays must come out of `borrowed`."""
     problem = make_problem(n=5, weighted=True)
     expected = call(problem.map(lambda A: A + 1))
     outputs = forward([(W + 1, b + 1) for W, b in problem.params], problem.X + 1)
