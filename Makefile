@@ -22,7 +22,7 @@ SOURCES = mlp_backprop tests benchmarks
 verify: .venv/installed-verify
 	.venv/bin/python -m mlp_backprop verify
 
-# One worker for each core, each of up to two gigabytes; more than eight would gain nothing.
+# One worker for each core, each of up to three gigabytes; more than eight would gain nothing.
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test: .venv/installed-test
