@@ -36,19 +36,19 @@ os.environ["MKL_NUM_THREADS"] = "1"
 
 @pytest.fixture(scope="session", autouse=True)
 def numba_compiles_once() -> Iterator[None]:
-    """A pass that one worker compiles, for seconds, comes to the others from Numba's cache."""
-    engine = sys.modules.get("mlp_backprop.engines.compiled.engine")
-    if engine is None:
+    """What one worker compiles, for seconds, comes to the others from Numba's cache."""
+    parts = sys.modules.get("mlp_backprop.engines.compiled.parts")
+    if parts is None:
         yield
         return
 
-    def compiled(*arguments: Any) -> Any:
+    def from_cache(*arguments: Any) -> Any:
         with held(BUILD / "numba.lock"):
             return right(*arguments)
 
-    right = engine.compiled
+    right = parts.from_cache
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "compiled", compiled)
+        patch.setattr(parts, "from_cache", from_cache)
         yield
 
 

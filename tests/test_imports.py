@@ -61,7 +61,32 @@ IMPORTS = {
     "engines": ("", ""),
     "engines.compiled": ("", ""),
     "engines.compiled.formulas": ("activations", "numba numpy"),
-    "engines.compiled.kernels": ("engines.compiled.formulas types", "numba numpy"),
+    "engines.compiled.rows": ("engines.compiled.formulas", "numba numpy"),
+    "engines.compiled.vectors": ("", "llvmlite numba"),
+    "engines.compiled.layout": ("engines.compiled.formulas engines.compiled.vectors types", ""),
+    "engines.compiled.products": (
+        "engines.compiled.formulas engines.compiled.vectors",
+        "llvmlite numba numpy",
+    ),
+    "engines.compiled.parts": (
+        "engines.compiled.formulas engines.compiled.products engines.compiled.rows types",
+        "numba numpy",
+    ),
+    "engines.compiled.jobs": (
+        "engines.compiled.formulas engines.compiled.layout engines.compiled.parts "
+        "engines.compiled.rows engines.compiled.vectors types",
+        "numba numpy",
+    ),
+    "engines.compiled.tiles": (
+        "engines.compiled.formulas engines.compiled.layout engines.compiled.products "
+        "engines.compiled.rows engines.compiled.vectors",
+        "numpy",
+    ),
+    "engines.compiled.kernels": (
+        "engines.compiled.formulas engines.compiled.jobs engines.compiled.layout "
+        "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors types",
+        "numba numpy",
+    ),
     "engines.cuda": ("", ""),
     "engines.cuda.arrays": ("types", "cupy numpy"),
     "engines.cuda.build": ("", "cupy"),
@@ -95,9 +120,10 @@ IMPORTS = {
     "engines.threads": ("", "threadpoolctl"),
     "engines.numpy_tiles": ("backprop engines.schedule engines.threads types", "numpy"),
     "engines.compiled.engine": (
-        "backprop edge.arguments edge.rules engines.compiled.formulas "
-        "engines.compiled.kernels engines.numpy_tiles engines.threads types",
-        "numba numpy",
+        "backprop edge.arguments edge.rules engines.compiled.jobs engines.compiled.kernels "
+        "engines.compiled.layout engines.compiled.parts engines.compiled.rows "
+        "engines.numpy_tiles engines.threads types",
+        "numpy",
     ),
     "engines.numpy_products": (
         "backprop engines.numpy_tiles engines.schedule engines.threads maths.row_blocks "
@@ -225,10 +251,15 @@ ONLY_IN = {
     },
     "jax": {"bench.contenders"},
     "matplotlib": {"bench.charts"},
+    "llvmlite": {"engines.compiled.products", "engines.compiled.vectors"},
     "numba": {
-        "engines.compiled.engine",
         "engines.compiled.formulas",
+        "engines.compiled.jobs",
         "engines.compiled.kernels",
+        "engines.compiled.parts",
+        "engines.compiled.products",
+        "engines.compiled.rows",
+        "engines.compiled.vectors",
     },
     "rich": {"programs.screens"},
     "scipy": {"derivatives.curvature"},

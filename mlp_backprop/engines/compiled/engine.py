@@ -1,43 +1,43 @@
-"""The compiled engine for NumPy arrays: compiled/kernels.py, cut into work for threads.
+"""The compiled engine for NumPy arrays: kernels.py, cut into work for threads.
 
-A narrow net is one compiled pass. The rows are cut into chunks by their number and the net alone,
-every chunk has its own sums, and these are added up in the order of the chunks: the number of
-threads changes no bit of the result.
+A net up to 256 wide is one compiled pass. The rows are cut into chunks by their number and the net
+alone, every chunk has its own sums, and these are added up in the order of the chunks: the number
+of threads changes no bit of the result.
 
-A wide net is numpy_tiles.py with its activations compiled: products are BLAS's, and every layer
+A wider net is numpy_tiles.py with its activations compiled: products are BLAS's, and every layer
 has one loop from Z to H and f'(Z) in place of several.
 """
 
 import math
-import zlib
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import from_dtype, njit, types
 
-from mlp_backprop.backprop import Spec, Sums, divisor, written
+from mlp_backprop.backprop import Spec, Sums, written
 from mlp_backprop.edge.arguments import Argument
 from mlp_backprop.edge.rules import check_target_values
 from mlp_backprop.engines import numpy_tiles, threads
-from mlp_backprop.engines.compiled import formulas, kernels
-from mlp_backprop.types import Array, Layer, LossAndGrads, flat
+from mlp_backprop.engines.compiled import kernels, parts
+from mlp_backprop.engines.compiled.jobs import Job, layer_table
+from mlp_backprop.engines.compiled.layout import layout
+from mlp_backprop.engines.compiled.rows import ACTIVATIONS, LOSSES
+from mlp_backprop.types import Array, Layer, LossAndGrads, flat, n_params
 
 # Beyond this width the products are better left to BLAS: the net is wide.
-WIDEST = 64
+WIDEST = 256
 
-# The cost model, in operations: one product, or a tenth of an activation. A core does 10 to 20 of
+# The cost model, in operations: one product, or a tenth of an activation. A core does 20 to 40 of
 # them in a nanosecond, and waking a thread takes up to 300 us: so one thread and a single chunk up
 # to about two milliseconds of work, then chunks of at least 100 us, which take 5 us to hand out.
 ACTIVATION_OPERATIONS = 10
-THREAD_OPERATIONS = 40_000_000
-CHUNK_OPERATIONS = 2_000_000
+THREAD_OPERATIONS = 80_000_000
+CHUNK_OPERATIONS = 4_000_000
 MOST_CHUNKS = 64
 
-NO_CLASSES = np.empty(0, np.int64)
+NO_LABELS = np.empty(0, np.int64)
 
 
 def prepare(spec: Spec, n: int) -> "NarrowRun | numpy_tiles.TiledRun | None":
@@ -47,11 +47,7 @@ def prepare(spec: Spec, n: int) -> "NarrowRun | numpy_tiles.TiledRun | None":
         return None
     if max(spec.sizes) > WIDEST:
         return numpy_tiles.TiledRun(spec, n, compiled_in_place(dtype))
-    return NarrowRun(spec, dtype)
-
-
-class UnknownClassError(Exception):
-    """A label that is no class."""
+    return NarrowRun(spec, n)
 
 
 class NarrowRun:
@@ -59,18 +55,22 @@ class NarrowRun:
 
     checks_labels = True
 
-    def __init__(self, spec: Spec, dtype: np.dtype[Any]) -> None:
-        self.kernel = compiled_pass(dtype)
-        names = [row.name for row in spec.activations]
-        self.layers, n_rows = kernels.layout(spec.sizes, names)
-        self.loss = kernels.LOSSES.index(spec.loss.name)
-        self.spec = spec
-        self.tiles = [np.empty(n_rows * kernels.STRIDE, dtype)]  # one per thread
-        self.no_targets, self.no_weight = np.empty((0, 0), dtype), np.empty(0, dtype)
-        self.sizes = spec.sizes
-        self.params = np.empty(record(spec.sizes, dtype).itemsize // dtype.itemsize, dtype)
+    def __init__(self, spec: Spec, n: int) -> None:
+        self.spec, self.sizes, self.dtype = spec, spec.sizes, np.dtype(spec.dtype)
+        self.add_rows = parts.entry(kernels.gradient_pass, kernels.CHUNK, self.dtype)
+        self.add_chunks = parts.entry(kernels.results_pass, kernels.WHOLE, self.dtype)
+        self.find_arrays = parts.entry(kernels.find_arrays, kernels.WHOLE)
+        self.place = parts.entry(kernels.place, kernels.placing(self.dtype))
+        self.params = np.empty(n_params(spec.sizes), self.dtype)
         self.params_by_layer = by_layer(self.params, spec.sizes)
         self.operations = 3 * len(self.params) + ACTIVATION_OPERATIONS * sum(spec.sizes[1:])
+        self.layout = layout(spec.sizes, n, self.dtype)
+        self.no_targets, self.no_weight = np.empty((0, 0), self.dtype), np.empty(0, self.dtype)
+        n_chunks, _ = self.chunks(n)
+        n_workers = min(threads.thread_count(), n_chunks)
+        self.workspaces = np.empty((n_workers, self.layout.size), self.dtype)
+        self.sums_of_chunks = np.empty((n_chunks, len(self.params) + 2))
+        self.job = self.job_for(self.params_by_layer)
 
     def __call__(
         self,
@@ -80,9 +80,12 @@ class NarrowRun:
         weight: Array | None,
         out: list[Layer] | None = None,
     ) -> LossAndGrads:
-        """The contract of choice.py; gradients are views of one array, which one step divides."""
-        self.pack(params)
-        results = self.divided(self.flat_sums(X, y, weight))
+        """The contract of choice.py; gradients are views of one array."""
+        for (W, b), own in zip(params, self.params_by_layer, strict=True):
+            own.W[...], own.b[...] = W, b
+        labels, results = labels_of(y), np.empty(len(self.params) + 2, self.dtype)
+        n_chunks = self.tell(self.job, X, y, labels, weight, results)
+        self.run(self.job, n_chunks, y)
         grads = by_layer(results, self.sizes)
         return LossAndGrads(results[-2], grads if out is None else written(grads, out))
 
@@ -94,82 +97,98 @@ class NarrowRun:
         weight: Array | None,
         constant_X: bool,
     ) -> Callable[[], LossAndGrads]:
-        """The pass over these arrays, into the same ones every time; X is read as it lies."""
-        copies = list(zip(flat(self.params_by_layer), flat(params), strict=True))
-        results = np.empty(len(self.params) + 2, self.params.dtype)
+        """The pass over these arrays, read as they lie, into the same ones every time."""
+        own = [Layer(as_compiled(W), as_compiled(b)) for W, b in params]
+        labels = labels_of(y)
+        copies = [*zip(flat(own), flat(params), strict=True), (labels, y)]
+        copies = [(A, given) for A, given in copies if A is not given and len(A)]
+        job, results = self.job_for(own), np.empty(len(self.params) + 2, self.dtype)
+        n_chunks = self.tell(job, X, y, labels, weight, results)
+        data = {"X": X, "labels" if y.ndim == 1 else "y": labels if y.ndim == 1 else y}
+        job.follow(own, **data, **({} if weight is None else {"weight": weight}))
         grads = by_layer(results, self.sizes)
 
         def call() -> LossAndGrads:
-            for own, given in copies:
-                own[...] = given
-            self.divided(self.flat_sums(X, y, weight), results)
+            for A, given in copies:
+                A[...] = given
+            self.find_arrays(job.address)
+            self.run(job, n_chunks, y)
             return LossAndGrads(results[-2], grads)
 
         return call
 
     def sums(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Sums:
         """Loss, weights and gradients in float64, summed over the rows of X."""
-        self.pack(params)
-        flat_sums = self.flat_sums(X, y, weight)
-        return Sums(flat_sums[-2], flat_sums[-1], by_layer(flat_sums, self.sizes))
+        self(params, X, y, weight)
+        sums = self.sums_of_chunks[0].copy()
+        return Sums(sums[-2], sums[-1], by_layer(sums, self.sizes))
 
-    def pack(self, params: list[Layer]) -> None:
-        for (W, b), own in zip(params, self.params_by_layer, strict=True):
-            own.W[...], own.b[...] = W, b
+    def job_for(self, params: list[Layer]) -> Job:
+        """What a pass with these parameters is told before data comes."""
+        names = [row.name for row in self.spec.activations]
+        address = partial(parts.address, self.dtype)
+        return Job(
+            layers=layer_table(params, names, self.dtype),
+            n_layers=len(names),
+            product=address("product"),
+            dots=address("dots"),
+            loss=address("loss", LOSSES.index(self.spec.loss.name)),
+            workspaces=self.workspaces,
+            workspace_bytes=self.workspaces.strides[0],
+            sums=self.sums_of_chunks,
+            n_sums=self.sums_of_chunks.shape[1],
+            is_mean=self.spec.reduction == "mean",
+            **self.layout._asdict(),
+        )
 
-    def divided(self, sums: Array, out: Array | None = None) -> Array:
-        """What flat_sums gives, as results in the net's dtype."""
-        if out is None:
-            out = np.empty(len(sums), self.params.dtype)
-        return np.divide(sums, divisor(self.spec, sums[-1]), out, casting="same_kind")
-
-    def flat_sums(self, X: Array, y: Array, weight: Array | None) -> Array:
-        """With the parameters that are at hand: gradients as `record` has them, loss, weight."""
-        if weight is None:
-            weight = self.no_weight
-        n_chunks, n_rows = self.chunks(len(X))
-        try:
-            if n_chunks > 1:
-                return self.sum_chunks(X, y, weight, n_chunks, n_rows)
-            sums = np.empty(len(self.params) + 2)
-            self.sum_rows(X, y, weight, self.tiles[0], sums)
-            return sums
-        except UnknownClassError:
-            check_target_values(Argument("y", y, np), self.spec.loss, self.sizes[-1])
-            raise
+    def tell(
+        self, job: Job, X: Array, y: Array, labels: Array, weight: Array | None, results: Array
+    ) -> int:
+        """Where the data is, and where the results go; how many chunks there are."""
+        targets = self.no_targets if y.ndim == 1 else y
+        weights = self.no_weight if weight is None else weight
+        n_chunks, chunk_rows = self.chunks(len(X))
+        self.place(job.address, n_chunks, chunk_rows, X, targets, labels, weights, results)
+        return n_chunks
 
     def chunks(self, n: int) -> tuple[int, int]:
         """How many chunks n rows make, and of how many rows: whole tiles."""
         operations = n * self.operations
         if operations < THREAD_OPERATIONS:
             return 1, n
-        n_chunks = min(MOST_CHUNKS, operations // CHUNK_OPERATIONS)
-        n_rows = math.ceil(n / (n_chunks * kernels.TILE)) * kernels.TILE
+        n_chunks, tile_rows = (
+            min(MOST_CHUNKS, operations // CHUNK_OPERATIONS),
+            self.layout.tile_rows,
+        )
+        n_rows = math.ceil(n / (n_chunks * tile_rows)) * tile_rows
         return math.ceil(n / n_rows), n_rows
 
-    def sum_chunks(self, X: Array, y: Array, weight: Array, n_chunks: int, n_rows: int) -> Array:
-        """Share the chunks out to threads, and add up their sums in order."""
-        sums = np.empty((n_chunks, len(self.params) + 2))
-        n_workers = min(threads.thread_count(), n_chunks)
-        while len(self.tiles) < n_workers:
-            self.tiles.append(np.empty_like(self.tiles[0]))
-
-        def task(chunk: int, worker: int) -> None:
-            rows = slice(chunk * n_rows, (chunk + 1) * n_rows)
-            self.sum_rows(X[rows], y[rows], weight[rows], self.tiles[worker], sums[chunk])
-
-        threads.run_chunks(task, n_chunks, n_workers)
-        return sums.sum(axis=0)
-
-    def sum_rows(self, X: Array, y: Array, weight: Array, tile: Array, sums: Array) -> None:
-        """One chunk on one thread, into `sums`; the interpreter lock is released meanwhile."""
-        if y.ndim == 1:
-            Y, classes = self.no_targets, y.astype(np.int64, copy=False)
+    def run(self, job: Job, n_chunks: int, y: Array) -> None:
+        """The pass into the results; the interpreter lock is released meanwhile."""
+        if n_chunks == 1:
+            known = self.add_rows(job.address, 0, 0)
         else:
-            Y, classes = y, NO_CLASSES
-        known = self.kernel(X, Y, classes, weight, self.layers, self.loss, self.params, tile, sums)
+            found = np.empty(n_chunks, bool)
+
+            def task(chunk: int, worker: int) -> None:
+                found[chunk] = self.add_rows(job.address, chunk, worker)
+
+            n_workers = min(threads.thread_count(), len(self.workspaces))
+            threads.run_chunks(task, n_chunks, n_workers)
+            self.add_chunks(job.address)
+            known = found.all()
         if not known:
-            raise UnknownClassError
+            check_target_values(Argument("y", y, np), self.spec.loss, self.sizes[-1])
+
+
+def as_compiled(A: Array) -> Array:
+    """The array if compiled code can read it as it lies, else a copy."""
+    return np.require(A, requirements=("C", "A"))
+
+
+def labels_of(y: Array) -> Array:
+    """Labels as compiled code reads them, or none."""
+    return y.astype(np.int64, copy=False) if y.ndim == 1 else NO_LABELS
 
 
 def by_layer(flat: Array, sizes: tuple[int, ...]) -> list[Layer]:
@@ -194,83 +213,19 @@ def record(sizes: tuple[int, ...], dtype: np.dtype[Any]) -> np.dtype[Any]:
 @cache
 def compiled_in_place(dtype: np.dtype[Any]) -> dict[str, numpy_tiles.InPlace]:
     """The table of activations, compiled: f leaves the slopes f'(Z) in `spare`."""
-    activate = compiled_activations(dtype)
+    activate = parts.entry(kernels.activate, kernels.activating(dtype))
 
-    def row(k: int) -> numpy_tiles.InPlace:
+    def row(name: str) -> numpy_tiles.InPlace:
+        part = parts.address(dtype, "activation", ACTIVATIONS.index(name))
+
         def f(Z: Array, spare: Array, one: Array) -> None:
-            activate(k, Z, spare)
+            activate(part, Z, spare)
 
         return numpy_tiles.InPlace(1, f, times_slope)
 
-    table = {name: row(k) for k, name in enumerate(kernels.ACTIVATIONS)}
+    table = {name: row(name) for name in ACTIVATIONS}
     return table | {"identity": numpy_tiles.IN_PLACE["identity"]}  # which does nothing, sooner
 
 
 def times_slope(D: Array, H: Array, spare: Array, one: Array) -> None:
     np.multiply(D, spare, D)  # one loop already
-
-
-# Compilation -------------------------------------------------------------------------------------
-
-
-@cache
-def compiled_pass(dtype: np.dtype[Any]) -> Any:
-    """The pass over narrow nets, for one dtype and any strides."""
-    sources = version_of_sources()
-
-    def loss_and_grad_sums(  # type: ignore[no-untyped-def]  # Numba has its types from `signature`
-        X, Y, classes, weight, layers, loss, params, tile, sums
-    ):
-        _ = sources  # now a part of the key in the cache, which by itself looks at this file alone
-        return kernels.loss_and_grad_sums(X, Y, classes, weight, layers, loss, params, tile, sums)
-
-    return compiled(loss_and_grad_sums, signature(dtype))
-
-
-@cache
-def compiled_activations(dtype: np.dtype[Any]) -> Any:
-    """H over Z, and the slopes f'(Z), for row k of the table of activations and one dtype."""
-    sources = version_of_sources()
-
-    def activate(k, Z, slope):  # type: ignore[no-untyped-def]
-        _ = sources  # as above
-        kernels.activate(k, Z.ravel(), 0, slope.ravel(), 0, 1, Z.size)
-
-    matrix = types.Array(from_dtype(dtype), 2, "C")
-    return compiled(activate, types.void(types.int64, matrix, matrix))
-
-
-def compiled(function: Callable[..., Any], signature: Any) -> Any:
-    """A function from Numba's cache, or compiled now: seconds."""
-    compile_ = partial(njit, signature, nogil=True, **formulas.OPTIONS)
-    try:
-        return compile_(cache=True)(function)
-    except RuntimeError:  # Numba finds no directory that it may write to
-        return compile_()(function)
-
-
-def version_of_sources() -> int:
-    """A checksum of the files that are compiled."""
-    files = (formulas.__file__, kernels.__file__)
-    return zlib.crc32(b"".join(Path(file).read_bytes() for file in files))
-
-
-def signature(dtype: np.dtype[Any]) -> Any:
-    """That of kernels.loss_and_grad_sums."""
-    real = from_dtype(dtype)
-
-    def data(element: Any, ndim: int) -> Any:
-        return types.Array(element, ndim, "A", readonly=True)
-
-    own = types.Array(real, 1, "C")
-    return types.boolean(
-        data(real, 2),
-        data(real, 2),
-        data(types.int64, 1),
-        data(real, 1),
-        types.Array(types.int64, 2, "C"),
-        types.int64,
-        own,
-        own,
-        types.Array(types.float64, 1, "C"),
-    )

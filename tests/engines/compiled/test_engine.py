@@ -1,6 +1,7 @@
 """The compiled engine: the derivation's answers, whatever the arrays, whatever the threads."""
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from mlp_backprop.activations import ACTIVATIONS  # noqa: E402
 from mlp_backprop.edge import validation  # noqa: E402
 from mlp_backprop.engines import numpy_tiles  # noqa: E402
 from mlp_backprop.engines.compiled import engine as numba_engine  # noqa: E402
-from mlp_backprop.engines.compiled import formulas, kernels  # noqa: E402
+from mlp_backprop.engines.compiled import formulas, kernels, parts, tiles, vectors  # noqa: E402
 from mlp_backprop.losses import LOSSES  # noqa: E402
 
 FLOATS = (np.float64, np.float32)
+MAKERS = [(make, make.__code__.co_varnames) for make, _ in parts.PARTS.values()]
 TOLERANCE = {np.float64: 1e-12, np.float32: 1e-5}
-WIDE = (70, 100, 3)
+WIDE = (40, 260, 3)
 
 
 @pytest.fixture(params=FLOATS)
@@ -150,12 +152,12 @@ def test_every_activation_in_wide_nets(activation, loss, dtype):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_of_wide_outputs_and_mixed(activation, dtype):
-    problem = oracles.make_problem((3, 20, 70), activation=["silu", activation], loss="huber")
+    problem = oracles.make_problem((3, 20, 260), activation=["silu", activation], loss="huber")
     assert_equals_derivation(problem, dtype)
 
 
 @pytest.mark.parametrize(
-    "sizes", [(784, 128, 64, 10), (65, 1), (1, 65), (65, 1, 1), (2, 65, 1, 66), (70, 40, 70)]
+    "sizes", [(784, 128, 64, 10), (257, 1), (1, 257), (257, 1, 1), (2, 260, 1, 66), (70, 40, 270)]
 )
 def test_wide_nets_of_any_shape(sizes, dtype):
     assert_equals_derivation(
@@ -308,7 +310,7 @@ def test_long_work_is_cut_and_short_work_is_not():
     for n in (1_000_000, 1_000_001, 10_000_000):
         n_chunks, n_rows = run.chunks(n)
         assert 1 < n_chunks <= numba_engine.MOST_CHUNKS
-        assert n_rows % kernels.TILE == 0
+        assert n_rows % run.layout.tile_rows == 0
         assert (n_chunks - 1) * n_rows < n <= n_chunks * n_rows
 
 
@@ -345,24 +347,33 @@ def test_two_threads_with_a_plan_each():
             assert_bits(result, expected[k])
 
 
-@pytest.mark.parametrize("source", [formulas, kernels])
+@pytest.mark.parametrize("source", [formulas, kernels, tiles, vectors])
 def test_each_source_is_a_part_of_the_key_in_the_cache(source, tmp_path, monkeypatch):
-    before = numba_engine.version_of_sources()
-    assert numba_engine.version_of_sources() == before
-    changed = tmp_path / "changed.py"
-    changed.write_bytes(Path(source.__file__).read_bytes() + b"#")
-    monkeypatch.setattr(source, "__file__", str(changed))
-    assert numba_engine.version_of_sources() != before
+    before = parts.version_of_sources.__wrapped__()
+    assert parts.version_of_sources.__wrapped__() == before
+    for file in Path(parts.__file__).parent.glob("*.py"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(parts, "__file__", str(tmp_path / "parts.py"))
+    assert parts.version_of_sources.__wrapped__() == before
+    with (tmp_path / Path(source.__file__).name).open("ab") as changed:
+        changed.write(b"#")
+    assert parts.version_of_sources.__wrapped__() != before
 
 
 @pytest.mark.parametrize(
-    "compiled", [numba_engine.compiled_pass, numba_engine.compiled_activations]
+    "make",
+    [
+        *(partial(make, k=0) if "k" in arguments else make for make, arguments in MAKERS),
+        partial(kernels.gradient_pass, real=np.float32),
+        partial(kernels.results_pass, real=np.float32),
+        kernels.place,
+        kernels.activate,
+    ],
 )
-def test_what_is_compiled_holds_the_version_of_its_sources(compiled, dtype):
+def test_what_is_compiled_holds_the_version_of_its_sources(make):
     # Numba's key has the values that a function takes from around it.
-    function = compiled(np.dtype(dtype)).py_func
-    held = [cell.cell_contents for cell in function.__closure__]
-    assert numba_engine.version_of_sources() in held
+    held = [cell.cell_contents for cell in make(123456789).__closure__]
+    assert 123456789 in held
 
 
 def test_the_layouts_of_many_nets_are_not_all_kept():

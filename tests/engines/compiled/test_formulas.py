@@ -7,7 +7,7 @@ import pytest
 numba = pytest.importorskip("numba", reason="the compiled engine needs numba")
 
 from mlp_backprop.activations import ACTIVATIONS  # noqa: E402
-from mlp_backprop.engines.compiled import formulas, kernels  # noqa: E402
+from mlp_backprop.engines.compiled import formulas, rows  # noqa: E402
 from mlp_backprop.losses import LOSSES  # noqa: E402
 
 ULPS = {np.float32: 4, np.float64: 8}
@@ -21,7 +21,7 @@ def dtype(request):
 
 
 def mapped(f, n_results=1):
-    """f over arrays, compiled as in the kernels."""
+    """f over arrays, compiled as in the rows."""
 
     @numba.njit(error_model="numpy")
     def one(A, out):
@@ -52,8 +52,8 @@ def mapped(f, n_results=1):
 
 def test_every_row_of_the_tables_has_a_formula():
     assert formulas.ACTIVATIONS.keys() == ACTIVATIONS.keys()
-    assert set(kernels.ACTIVATIONS) == ACTIVATIONS.keys()
-    assert set(kernels.LOSSES) == LOSSES.keys()
+    assert set(rows.ACTIVATIONS) == ACTIVATIONS.keys()
+    assert set(rows.LOSSES) == LOSSES.keys()
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

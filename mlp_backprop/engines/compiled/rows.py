@@ -1,0 +1,154 @@
+"""The tables of activations and losses, and the plainest steps, on rows of a tile.
+
+A step takes pointers to where its rows begin, how many they are, the stride from each to the next,
+and how many numbers of each it concerns. Rows without gaps between them are one long row.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import njit
+from numba.extending import overload
+
+from mlp_backprop.engines.compiled import formulas
+from mlp_backprop.engines.compiled.formulas import compiled
+
+# Offsets are unsigned: a signed index may be negative, and the test for it would keep the loops
+# from being vectorised.
+at = np.uintp
+
+# A sum over samples in any order, as long as it is always the same one.
+summing = njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+
+ACTIVATIONS = tuple(formulas.ACTIVATIONS)
+LOSSES = (*formulas.LOSSES, "softmax_cross_entropy")
+
+
+@compiled
+def shape(n_rows, stride, m):
+    """The same rows, as few as possible."""
+    return (1, n_rows * m) if stride == m else (n_rows, m)
+
+
+@compiled
+def fill(A, value, n_rows, stride, m):
+    n_rows, m = shape(n_rows, stride, m)
+    for row in range(n_rows):
+        for t in range(at(row * stride), at(row * stride + m)):
+            A[t] = value
+
+
+@compiled
+def multiply(A, B, n_rows, stride, m):
+    """A = A ∘ B."""
+    n_rows, m = shape(n_rows, stride, m)
+    for row in range(n_rows):
+        for t in range(at(row * stride), at(row * stride + m)):
+            A[t] *= B[t]
+
+
+@compiled
+def multiply_by_row(A, factors, n_rows, stride, m):
+    """Every row of A times the same one."""
+    for row in range(n_rows):
+        a = at(row * stride)
+        for t in range(at(m)):
+            A[a + t] *= factors[t]
+
+
+@summing
+def row_sum(A, m):
+    total = type(A[0])(0)
+    for t in range(at(m)):
+        total += A[t]
+    return total
+
+
+@summing
+def dot(A, B, m):
+    total = type(A[0])(0)
+    for t in range(at(m)):
+        total += A[t] * B[t]
+    return total
+
+
+# The tables --------------------------------------------------------------------------------------
+
+
+def activation_of(k, z):
+    """Row k of formulas.ACTIVATIONS, for a k known when compiled."""
+
+
+def loss_of(k, h, y):
+    """Row k of formulas.LOSSES, likewise."""
+
+
+@overload(activation_of, prefer_literal=True)
+def _activation_of(k, z):
+    f = formulas.ACTIVATIONS[ACTIVATIONS[k.literal_value]]
+    return lambda k, z: f(z)
+
+
+@overload(loss_of, prefer_literal=True)
+def _loss_of(k, h, y):
+    f = formulas.LOSSES[LOSSES[k.literal_value]]
+    return lambda k, h, y: f(h, y)
+
+
+def activation(sources: int, k: int) -> Callable[..., None]:
+    """H = f(Z) in place of Z, and the slopes f'(Z) in F."""
+
+    def activation(Z, F, n_rows, stride, m):
+        _ = sources
+        n_rows, m = shape(n_rows, stride, m)
+        for row in range(n_rows):
+            for t in range(at(row * stride), at(row * stride + m)):
+                Z[t], F[t] = activation_of(k, Z[t])
+
+    return activation
+
+
+def loss(sources: int, k: int) -> Callable[..., None]:
+    """The losses in place of Y, and dE/dH in G; behind its rows are three to work with."""
+    if LOSSES[k] == "softmax_cross_entropy":
+        return softmax_cross_entropy(sources)
+
+    def loss(H, Y, G, n_rows, stride, m):
+        _ = sources
+        n_rows, m = shape(n_rows, stride, m)
+        for row in range(n_rows):
+            for t in range(at(row * stride), at(row * stride + m)):
+                Y[t], G[t] = loss_of(k, H[t], Y[t])
+
+    return loss
+
+
+def softmax_cross_entropy(sources: int) -> Callable[..., None]:
+    """As `loss`, over all outputs of a sample together."""
+
+    def softmax_cross_entropy(H, Y, G, n_rows, stride, m):
+        _ = sources
+        zero, one = type(H[0])(0), type(H[0])(1)
+        m, largest = at(m), at(n_rows * stride)
+        total, weight = largest + at(stride), largest + at(2 * stride)
+        for t in range(m):
+            G[largest + t], G[total + t], G[weight + t] = H[t], zero, zero
+        for row in range(1, n_rows):
+            h = at(row * stride)
+            for t in range(m):
+                G[largest + t] = max(H[h + t], G[largest + t])
+        for row in range(n_rows):
+            h = at(row * stride)
+            for t in range(m):
+                G[h + t] = formulas.exp(H[h + t] - G[largest + t])
+                G[total + t] += G[h + t]
+                G[weight + t] += Y[h + t]
+        for row in range(n_rows):
+            h = at(row * stride)
+            for t in range(m):
+                k = Y[h + t]
+                surprise = formulas.log1p(G[total + t] - one) - (H[h + t] - G[largest + t])
+                G[h + t] = G[weight + t] * (G[h + t] / G[total + t]) - k
+                Y[h + t] = zero if k == zero else k * surprise
+
+    return softmax_cross_entropy

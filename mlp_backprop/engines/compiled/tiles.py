@@ -1,0 +1,120 @@
+"""The steps of the derivation on a tile, whose rows layout.py names; products are those of `job`.
+
+Widths, activations and loss are run-time integers and addresses, chosen outside the inner loops:
+one compilation per dtype serves every net.
+"""
+
+import numpy as np
+
+from mlp_backprop.engines.compiled.formulas import compiled
+from mlp_backprop.engines.compiled.layout import whole_vectors
+from mlp_backprop.engines.compiled.products import COLUMN, NOTHING, transpose
+from mlp_backprop.engines.compiled.rows import dot, fill, multiply, multiply_by_row, row_sum
+from mlp_backprop.engines.compiled.vectors import VECTOR_BYTES, call, lanes, pointer, shifted
+
+# The gradient of a layer narrower than this, on either side, is one of dots; else a product with
+# H_{l-1} transposed.
+NARROW = 8
+
+# A literal number is a type to Numba, with compilations of its own.
+ZERO, ONE = np.int64(0), np.int64(1)
+
+
+# From the caller's arrays ------------------------------------------------------------------------
+
+
+@compiled
+def load(A, stride, m, address, row_bytes, column_bytes, n, n_columns):
+    """N samples, transposed, and zeros behind them."""
+    number = VECTOR_BYTES // lanes(A)
+    squares, columns = 0, 0
+    if column_bytes == number and row_bytes % number == 0:
+        squares, columns = n - n % lanes(A), n_columns - n_columns % lanes(A)
+        transpose(A, stride, pointer(A, address), row_bytes // number, squares, columns)
+    for j in range(n_columns):
+        for t in range(squares if j < columns else 0, n):
+            A[j * stride + t] = pointer(A, address + t * row_bytes + j * column_bytes)[0]
+        for t in range(n, m):
+            A[j * stride + t] = 0
+
+
+@compiled
+def load_labels(A, stride, m, labels, step, n, n_classes):
+    """A 1 in the row of a sample's class; False where there is no such row."""
+    fill(A, type(A[0])(0), n_classes, stride, m)
+    known = True
+    for t in range(n):
+        k = labels[t * step]
+        if 0 <= k < n_classes:
+            A[k * stride + t] = 1
+        else:
+            known = False
+    return known
+
+
+# The derivation ----------------------------------------------------------------------------------
+
+
+@compiled
+def forward(job, layers, A, stride, m):
+    """Every H_l, and f'_l(Z_l) in the rows of D_l."""
+    for activation, n_in, n_out, h, d, _, W, b in layers:
+        H, below = shifted(A, h * stride), shifted(A, (h - n_in) * stride)
+        W_l, b_l = pointer(A, W), pointer(A, b)
+        # Z_l = W_l H_{l-1} + b_l
+        call(
+            job.product,
+            (COLUMN, b_l, H, stride, W_l, n_in, 1, below, stride, n_out, n_in, m),
+        )
+        call(activation, (H, shifted(A, d * stride), n_out, stride, m))
+
+
+@compiled
+def output_grads(job, layers, A, stride, m):
+    """G_L = dE/dH_L, weighted; the losses in place of Y. Returns their weighted sum."""
+    n_out, h = layers[-1, 2], layers[-1, 3]
+    H, G = shifted(A, h * stride), shifted(A, job.G * stride)
+    Y, weight = shifted(A, job.Y * stride), shifted(A, job.weights * stride)
+    call(job.loss, (H, Y, G, n_out, stride, m))
+    multiply_by_row(G, weight, n_out, stride, m)
+    total = 0.0
+    for o in range(n_out):
+        total += dot(shifted(Y, o * stride), weight, m)
+    return total
+
+
+@compiled
+def deltas(job, layer, A, stride, n, m):
+    """D_l = G_l ∘ f'_l(Z_l), which D holds before; 0 behind the last sample."""
+    n_out, d = layer[2], layer[4]
+    D = shifted(A, d * stride)
+    multiply(D, shifted(A, job.G * stride), n_out, stride, m)
+    fill(shifted(D, n), type(A[0])(0), n_out, stride, m - n)
+
+
+@compiled
+def grads_below(job, layer, A, stride, m):
+    """G_{l-1} = W_lᵀ D_l, of equation (3)."""
+    _, n_in, n_out, _, d, _, W, _ = layer
+    D, G, W_l = shifted(A, d * stride), shifted(A, job.G * stride), pointer(A, W)
+    call(job.product, (NOTHING, G, G, stride, W_l, 1, n_in, D, stride, n_in, n_out, m))
+
+
+@compiled
+def weight_grads(job, layer, A, stride, n, m, sums):
+    """Equations (1) and (2), D_l H_{l-1}ᵀ and D_l 1, added to sums."""
+    _, n_in, n_out, h, d, place, _, _ = layer
+    D, H = shifted(A, d * stride), shifted(A, (h - n_in) * stride)
+    T, P, row = shifted(A, job.T), shifted(A, job.P), n_in
+    if n_in < NARROW or n_out < NARROW:
+        call(job.dots, (P, row, D, stride, H, stride, n_out, n_in, m))
+    else:
+        row = whole_vectors(n_in, lanes(A))
+        transpose(T, row, H, stride, n_in, m)
+        call(job.product, (NOTHING, P, P, row, D, stride, 1, T, row, n_out, n, row))
+    dW = shifted(sums, place)
+    db = shifted(dW, n_out * n_in)
+    for o in range(n_out):
+        for i in range(n_in):
+            dW[o * n_in + i] += P[o * row + i]
+        db[o] += row_sum(shifted(D, o * stride), m)
