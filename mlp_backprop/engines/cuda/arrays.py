@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlp_backprop.types import Array, Layer, LossAndGrads, flat
+from mlp_backprop.types import Array, Layer, Layers, LossAndGrads, flat
 
 
 class Arguments(NamedTuple):
@@ -17,12 +17,12 @@ class Arguments(NamedTuple):
     holds C-contiguous arrays.
     """
 
-    params: list[Layer]
+    params: Layers
     X: Array
     y: Array
     weight: Array | None
     mean: bool
-    out: list[Layer] | None
+    out: Layers | None
     constant_X: bool = False  # for a bound call: what is made of X alone may be kept
 
 
@@ -80,7 +80,7 @@ class Results:
         self.places = [4 * k for k in accumulate(map(math.prod, self.shapes), initial=0)]
         self.size = self.places.pop() // 4
 
-    def __call__(self, out: list[Layer] | None) -> LossAndGrads:
+    def __call__(self, out: Layers | None) -> LossAndGrads:
         """A loss and gradients, of no particular values; these are `out` if there is one."""
         import cupy
 
