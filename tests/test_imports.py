@@ -63,7 +63,7 @@ IMPORTS = {
     "engines.compiled.formulas": ("activations", "numba numpy"),
     "engines.compiled.kernels": ("engines.compiled.formulas types", "numba numpy"),
     "engines.cuda": ("", ""),
-    "engines.cuda.arrays": ("types", "cupy numpy"),
+    "engines.cuda.arrays": ("backprop types", "cupy numpy"),
     "engines.cuda.build": ("", "cupy"),
     "engines.cuda.cublaslt": ("", "cuda"),
     "engines.cuda.launches": ("types", "cupy"),

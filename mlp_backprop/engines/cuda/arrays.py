@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlp_backprop.types import Array, Layer, Layers, LossAndGrads, flat
+from mlp_backprop.backprop import Spec
+from mlp_backprop.types import Array, DType, Layer, Layers, LossAndGrads, flat
 
 
 class Arguments(NamedTuple):
@@ -32,6 +33,17 @@ TARGETS = {
     np.dtype(np.int32): "int",
     np.dtype(np.int64): "long long",
 }
+
+
+def constants_of(spec: Spec, target: DType) -> dict[str, Any]:
+    """What the kernels of narrow nets are compiled for: the net, its loss, this type of y."""
+    return {
+        "SIZES": ",".join(map(str, spec.sizes)),
+        "ACTIVATIONS": ",".join(row.name.upper() for row in spec.activations),
+        "LOSS": spec.loss.name.upper(),
+        "TARGET": TARGETS[np.dtype(target)],
+    }
+
 
 # CuPy 13 has passed None as another address.
 NULL = np.uint64(0)
