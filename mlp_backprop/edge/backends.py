@@ -295,6 +295,19 @@ def share_memory(xp: Namespace, one: Array, other: Array) -> bool:
     return bool(np.shares_memory(one, other))
 
 
+def overlaps_itself(xp: Namespace, array: Array) -> bool:
+    """Whether what is written to one number of an array may be found in another."""
+    places = array if xp is np else _outline(array)
+    if places.flags.forc:  # the usual case
+        return False
+    while places.ndim:
+        # Rows lie alike: if any two overlap, so does the first with another.
+        if np.shares_memory(places[:1], places[1:]):
+            return True
+        places = places[0, ...]
+    return False
+
+
 def _outline(array: Array) -> Array:
     """A NumPy array where that one lies, on whatever device: to be compared and never read."""
     if hasattr(array, "data_ptr"):  # torch's
