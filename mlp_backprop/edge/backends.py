@@ -47,27 +47,21 @@ def _torch_to_numpy(tensor: Any) -> Array:
 
 _ASTYPE = "{array}.astype('{dtype}')"
 
+_NUMPY = Backend(
+    name="numpy",
+    module="numpy",
+    extra="",
+    cast=_ASTYPE,
+    copy="{array}",
+    to_numpy=np.asarray,
+    devices=lambda module: ["cpu"],
+)
+
 BACKENDS = {
     row.name: row
     for row in (
-        Backend(
-            name="numpy",
-            module="numpy",
-            extra="",
-            cast=_ASTYPE,
-            copy="{array}",
-            to_numpy=np.asarray,
-            devices=lambda numpy: ["cpu"],
-        ),
-        Backend(
-            name="numba",  # NumPy's arrays, with a compiled engine
-            module="numpy",
-            extra="numba",
-            cast=_ASTYPE,
-            copy="{array}",
-            to_numpy=np.asarray,
-            devices=lambda numba: ["cpu"],
-        ),
+        _NUMPY,
+        _NUMPY._replace(name="numba", extra="numba"),  # the same arrays, with a compiled engine
         Backend(
             name="cupy",
             module="array_api_compat.cupy",
