@@ -57,23 +57,14 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 
-.venv/installed-verify: .venv/bin/python pyproject.toml constraints.txt
-	@echo "Installing mlp-backprop with torch and the command line into .venv ..."
-	$(PIP) --constraint constraints.txt --editable '.[cli,torch]'
-	touch $@
-
-.venv/installed-test: .venv/bin/python pyproject.toml constraints.txt
-	@echo "Installing mlp-backprop with everything the tests compare with into .venv ..."
-	$(PIP) --constraint constraints.txt --editable '.[test]'
-	touch $@
-
-# A few hundred megabytes, for a header and the library that goes with it.
+.venv/installed-verify: EXTRAS = cli,torch
+.venv/installed-test: EXTRAS = test
+.venv/installed-lint: EXTRAS = lint
+# A few hundred megabytes, for a header of cuBLAS and the library that goes with it.
+.venv/installed-kernels: EXTRAS = kernels
 .venv/installed-kernels: .venv/installed-test
-	@echo "Installing cuBLAS into .venv, which the tests of the kernels read ..."
-	$(PIP) --constraint constraints.txt --editable '.[kernels]'
-	touch $@
 
-.venv/installed-lint: .venv/bin/python pyproject.toml constraints.txt
-	@echo "Installing ruff and mypy into .venv ..."
-	$(PIP) --constraint constraints.txt --editable '.[lint]'
+.venv/installed-%: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing mlp-backprop[$(EXTRAS)] into .venv ..."
+	$(PIP) --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@

@@ -129,29 +129,12 @@ def _torch(
     converts: bool = False,
 ) -> Ready:
     import torch
-    import torch.nn.functional as F
-
-    from mlp_backprop.checks import torch_reference
 
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     if converts and dtype == torch.float32:
         raise ValueError("there is nothing to convert")
-    given = torch.float32 if converts else dtype
-    X, y = torch.from_dlpack(task.X).to(given), torch.from_dlpack(task.y)
-    y = y if y.ndim == 1 else y.to(given)
-    leaves = [torch.from_dlpack(A).to(given, copy=True).requires_grad_() for A in flat(task.params)]
-    names = task.names
-
-    def loss_of(leaves: Any, X: Any, y: Any) -> Any:
-        if converts:
-            *leaves, X = (A.to(dtype) for A in (*leaves, X))
-            y = y if y.ndim == 1 else y.to(dtype)
-        params = list(zip(leaves[::2], leaves[1::2], strict=True))
-        H = torch_reference.forward(params, X, names)
-        if task.loss == "softmax_cross_entropy":
-            return F.cross_entropy(H, y)
-        return F.mse_loss(H, y, reduction="sum") / len(X)
-
+    leaves, X, y = _tensors(task, torch.float32 if converts else dtype)
+    loss_of = _torch_loss(task, dtype if converts else None)
     if compile_mode is not None:
         torch.compiler.reset()  # else it would give up on static shapes after the first few
         loss_of = torch.compile(loss_of, dynamic=False, mode=compile_mode)
@@ -162,15 +145,46 @@ def _torch(
         loss = loss_of(leaves, X, y)
         return loss, torch.autograd.grad(loss, leaves)
 
-    def read(result: Any) -> Answer:
-        loss, grads = result
-        return Answer(loss.item(), [on_host(g.float().numpy(force=True)) for g in grads])
-
     around = partial(torch_precision, precision)
     if graph:
         with around():
             call = _captured(call)
-    return Ready(call, read, around)
+    return Ready(call, _read_torch, around)
+
+
+def _tensors(task: Task, dtype: Any) -> tuple[list[Any], Any, Any]:
+    """Parameters in one list, X and y; class labels stay integers."""
+    import torch
+
+    X, y = torch.from_dlpack(task.X).to(dtype), torch.from_dlpack(task.y)
+    leaves = [torch.from_dlpack(A).to(dtype, copy=True).requires_grad_() for A in flat(task.params)]
+    return leaves, X, y if y.ndim == 1 else y.to(dtype)
+
+
+def _torch_loss(task: Task, converted: Any) -> Callable[[Any, Any, Any], Any]:
+    """The mean loss of leaves, X and y, which become of this dtype first if there is one."""
+    import torch.nn.functional as F
+
+    from mlp_backprop.checks import torch_reference
+
+    names = task.names
+
+    def loss_of(leaves: Any, X: Any, y: Any) -> Any:
+        if converted is not None:
+            *leaves, X = (A.to(converted) for A in (*leaves, X))
+            y = y if y.ndim == 1 else y.to(converted)
+        params = list(zip(leaves[::2], leaves[1::2], strict=True))
+        H = torch_reference.forward(params, X, names)
+        if task.loss == "softmax_cross_entropy":
+            return F.cross_entropy(H, y)
+        return F.mse_loss(H, y, reduction="sum") / len(X)
+
+    return loss_of
+
+
+def _read_torch(result: Any) -> Answer:
+    loss, grads = result
+    return Answer(loss.item(), [on_host(g.float().numpy(force=True)) for g in grads])
 
 
 def _captured(call: Any) -> Any:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from mlp_backprop.activations import Activation
 from mlp_backprop.losses import Loss
-from mlp_backprop.types import Array, DType, Layer, LossAndGrads, Namespace, flat
+from mlp_backprop.types import Array, DType, Layer, Layers, LossAndGrads, Namespace, flat
 
 Activations = tuple[Activation, ...]
 
@@ -49,10 +49,10 @@ class Sums(NamedTuple):
 
     loss: Array
     weight: Array | float
-    grads: list[Layer]
+    grads: Layers
 
 
-def forward(spec: Spec, params: list[Layer], X: Array) -> tuple[list[Array], list[Array]]:
+def forward(spec: Spec, params: Layers, X: Array) -> tuple[list[Array], list[Array]]:
     """Z_l and H_l of every layer."""
     Z, H = [X], [X]
     for (W, b), activation in zip(params, spec.activations, strict=True):
@@ -62,7 +62,7 @@ def forward(spec: Spec, params: list[Layer], X: Array) -> tuple[list[Array], lis
 
 
 def backward(
-    spec: Spec, params: list[Layer], Z: list[Array], H: list[Array], G: Array
+    spec: Spec, params: Layers, Z: list[Array], H: list[Array], G: Array
 ) -> Iterator[tuple[int, Array]]:
     """Yield (l, D_l) from the last layer to the first, given G = dE/dH_L; equation (3)."""
     for l in range(len(params), 0, -1):
@@ -93,7 +93,7 @@ def layer_grad_sums(spec: Spec, D: Array, H_below: Array) -> Layer:
 
 
 def loss_and_grad_sums(
-    spec: Spec, params: list[Layer], X: Array, y: Array, weight: Array | None
+    spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None
 ) -> Sums:
     """The loss and the gradient of every layer, summed over samples."""
     Z, H = forward(spec, params, X)
@@ -119,7 +119,7 @@ def divisor(spec: Spec, weight_sum: Array | float) -> Array | float:
     return weight_sum if spec.reduction == "mean" else 1.0
 
 
-def reduced(spec: Spec, sums: Sums, out: list[Layer] | None = None) -> LossAndGrads:
+def reduced(spec: Spec, sums: Sums, out: Layers | None = None) -> LossAndGrads:
     """Sums as a caller gets them: in new arrays, or in those of `out` for the gradients."""
     xp, over = spec.xp, divisor(spec, sums.weight)
     # A sum may leave the range of half precision, so its loss stays in the accumulator's dtype.
@@ -130,7 +130,7 @@ def reduced(spec: Spec, sums: Sums, out: list[Layer] | None = None) -> LossAndGr
     return LossAndGrads(loss, grads if out is None else written(grads, out))
 
 
-def written(grads: list[Layer], out: list[Layer]) -> list[Layer]:
+def written(grads: Layers, out: Layers) -> Layers:
     """`out`, which holds these gradients now."""
     for grad, target in zip(flat(grads), flat(out), strict=True):
         target[...] = grad

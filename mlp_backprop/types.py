@@ -96,7 +96,9 @@ class Layer(NamedTuple):
     b: Array
 
 
-Layers: TypeAlias = Sequence[tuple[ArrayLike, ArrayLike]] | Sequence[Sequence[ArrayLike]]
+# The parameters as everything inside takes them, and as callers may pass them.
+Layers = list[Layer]
+Pairs: TypeAlias = Sequence[tuple[ArrayLike, ArrayLike]] | Sequence[Sequence[ArrayLike]]
 
 
 class Net(NamedTuple):
@@ -111,7 +113,7 @@ class Net(NamedTuple):
     Net 2-10-1: relu, squared_error, float64, 41 parameters
     """
 
-    params: Layers
+    params: Pairs
     activation: ActivationNames = "sigmoid"
     loss: LossName = "squared_error"
 
@@ -126,7 +128,7 @@ class Net(NamedTuple):
         )
 
 
-Params: TypeAlias = Net | Layers
+Params: TypeAlias = Net | Pairs
 
 
 class LossAndGrads(NamedTuple):

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import cupy_api
 import numpy as np
 import pytest
 from locks import held
+
+from mlp_backprop.engines.cuda import build
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "mlp_backprop" / "engines" / "cuda"
@@ -70,6 +72,18 @@ def compile_library(command: list[str], code: str, path: Path) -> None:
 def module(specialisation: Any) -> "Module":
     """The kernels of a `build.Specialisation`."""
     return Module(specialisation.source, specialisation.kernels, specialisation.defines)
+
+
+def faulty(source: str, fault: tuple[str, str] | None, folder: Path) -> Path:
+    """A source of the package; with a fault, a copy in which a text is replaced by another."""
+    if fault is None:
+        return SOURCES / source
+    text = build.source_text(source)
+    if fault[0] not in text:  # no AssertionError, which a fault is allowed to raise
+        raise LookupError(fault[0])
+    copy = folder / source
+    copy.write_text(text.replace(*fault))
+    return copy
 
 
 class Module:
@@ -185,6 +199,18 @@ class DeviceArray(np.ndarray):
 
 def on_device(A: np.ndarray | None) -> DeviceArray | None:
     return None if A is None else A.view(DeviceArray)
+
+
+def cupy_of(attributes: Callable[[], dict[str, int]]) -> Any:
+    """What narrow nets ask of CuPy; new arrays are full of nan. A device has these attributes."""
+    return cupy_api.library(
+        {
+            "empty": lambda shape, dtype: on_device(np.full(shape, np.nan, dtype)),
+            "zeros": lambda shape, dtype: on_device(np.zeros(shape, dtype)),
+            "ndarray": view,
+            "cuda.Device": lambda: cupy_api.instance("cuda.Device", attributes=attributes()),
+        }
+    )
 
 
 def view(shape: tuple[int, ...], dtype: Any, place: Place) -> DeviceArray:

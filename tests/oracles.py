@@ -8,11 +8,12 @@ namespace `m` of its argument, so that the same line serves three oracles:
     MP, 600 digits    values and derivatives where float64 fails the naive formula
     jax.numpy         jax.grad
 
-`make_problem` makes nets and data to try them on; `peak_bytes` says what memory a call takes.
+`make_problem` makes a net and data to try them on, `problems` one for each of several shapes;
+`peak_bytes` says what memory a call takes.
 """
 
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -177,6 +178,15 @@ def make_problem(
     return problem.astype(dtype)
 
 
+def problems(
+    shapes: Sequence[tuple[int, ...]], activation: str, loss: str, n: Sequence[int] = (7, 2, 1)
+) -> Iterator[tuple[int, Problem]]:
+    """(seed, problem) for every shape: numbers of rows by turns, every second one with weights."""
+    for seed, sizes in enumerate(shapes):
+        kind: Any = {"activation": activation, "loss": loss, "weighted": seed % 2 == 0}
+        yield seed, make_problem(sizes, n[seed % len(n)], **kind, seed=seed)
+
+
 def make_targets(
     rng: np.random.Generator, loss: str, n: int, width: int, class_rows: bool = False
 ) -> np.ndarray:
@@ -254,3 +264,9 @@ def assert_grads_close(got: Any, expected: Any, tolerance: float = 1e-12) -> Non
                 assert_close(A, B, tolerance)
             except AssertionError as error:
                 raise AssertionError(f"{name} of layer {l}: {error}") from None
+
+
+def assert_result_close(got: Any, expected: Any, tolerance: float = 1e-12) -> None:
+    """A loss and its gradients."""
+    assert_close(got[0], expected[0], tolerance)
+    assert_grads_close(got[1], expected[1], tolerance)

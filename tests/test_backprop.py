@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from derivation import checked
 from oracles import (
     ACTIVATIONS,
     LOSSES,
@@ -16,21 +17,8 @@ from oracles import (
 
 from mlp_backprop import backprop, trace
 from mlp_backprop.activations import ACTIVATIONS as ROWS
-from mlp_backprop.edge import validation
 
 MIXED = ("tanh", "gelu_tanh", "identity")
-
-
-def checked(problem):
-    """The arguments as the derivation takes them: spec, params, X, y, weight."""
-    return validation.problem(
-        problem.params,
-        problem.X,
-        problem.y,
-        **problem.options,
-        reduction="sum",
-        backend=None,
-    )
 
 
 def rows_of(problem, rows):

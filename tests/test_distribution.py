@@ -22,5 +22,5 @@ def test_the_sdist_holds_the_whole_checkout(tmp_path):
     here = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     names = {path.relative_to(ROOT).as_posix() for path in here if "__pycache__" not in path.parts}
     assert len(names) > 100
-    assert {*names, *FILES, "CONTRIBUTING.md", "LICENSE"} <= held
+    assert {*names, *FILES, "CITATION.cff", "CONTRIBUTING.md", "LICENSE"} <= held
     assert not [name for name in held if "__pycache__" in name or name.startswith("build/")]

@@ -88,7 +88,7 @@ IMPORTS = {
         "numba numpy",
     ),
     "engines.cuda": ("", ""),
-    "engines.cuda.arrays": ("types", "cupy numpy"),
+    "engines.cuda.arrays": ("backprop types", "cupy numpy"),
     "engines.cuda.build": ("", "cupy"),
     "engines.cuda.cublaslt": ("", "cuda"),
     "engines.cuda.launches": ("types", "cupy"),

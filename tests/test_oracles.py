@@ -3,6 +3,7 @@
 import numpy as np
 import oracles
 import pytest
+from derivation import change_backward
 from derivatives import test_curvature, test_inputs, test_per_sample, test_products, test_residuals
 from oracles import assert_close, assert_grads_close, complex_step_grads, make_problem
 
@@ -111,25 +112,18 @@ def wrong_loss(monkeypatch):
 
 
 def transposed_weights(monkeypatch):
-    right = backprop.backward
-    monkeypatch.setattr(
-        backprop,
-        "backward",
-        lambda spec, params, Z, H, G: right(
-            spec, [layer._replace(W=layer.W.T) for layer in params], Z, H, G
-        ),
+    change_backward(
+        monkeypatch,
+        lambda spec, params: (spec, [layer._replace(W=layer.W.T) for layer in params]),
     )
 
 
 def next_layers_derivative(monkeypatch):
-    right = backprop.backward
-    monkeypatch.setattr(
-        backprop,
-        "backward",
-        lambda spec, params, Z, H, G: right(
-            spec._replace(activations=(*spec.activations[1:], spec.activations[0])), params, Z, H, G
-        ),
-    )
+    def change(spec, params):
+        first, *others = spec.activations
+        return spec._replace(activations=(*others, first)), params
+
+    change_backward(monkeypatch, change)
 
 
 def next_layers_input(monkeypatch):

@@ -27,12 +27,7 @@ MOST_PARAMETERS = 20_000
 
 
 @public
-def hessian(
-    params: Params,
-    X: ArrayLike,
-    y: ArrayLike,
-    **options: Unpack[SumOptions],
-) -> Array:
+def hessian(params: Params, X: ArrayLike, y: ArrayLike, **options: Unpack[SumOptions]) -> Array:
     """Compute the Hessian of the loss with respect to all weights and biases, as a matrix.
 
     Parameters
@@ -66,23 +61,17 @@ def hessian(
     array([[18.,  6.],
            [ 6.,  2.]])
     """
-    problem = validation.problem(params, X, y, **options)
-    return _matrix(problem, gauss_newton=False)
+    return _matrix(validation.problem(params, X, y, **options), gauss_newton=False)
 
 
 @public
-def ggn(
-    params: Params,
-    X: ArrayLike,
-    y: ArrayLike,
-    **options: Unpack[SumOptions],
-) -> Array:
+def ggn(params: Params, X: ArrayLike, y: ArrayLike, **options: Unpack[SumOptions]) -> Array:
     """Compute the generalised Gauss-Newton matrix Jᵀ A J.
 
     Parameters
     ----------
     params, X, y, activation, loss, reduction, sample_weight, backend
-        As for `compute_grads`.
+        As for `hessian`, and refused as there.
 
     Returns
     -------
@@ -91,24 +80,20 @@ def ggn(
         `ravel_params`, A the Hessian of the loss with respect to the outputs. Scaled as
         `hessian`, symmetric to the last bit, positive semi-definite but for rounding.
 
-    Raises
-    ------
-    TypeError, ValueError, ImportError
-        As for `hessian`.
-
     Notes
     -----
     `ggnvp` has more on the matrix, and `hessian` on cost.
 
     Examples
     --------
+    The gradient of w x + b is (x, 1), and A = 2:
+
     >>> from mlp_backprop import ggn
     >>> ggn([([[2.0]], [1.0])], [[3.0]], [[5.0]])
     array([[18.,  6.],
            [ 6.,  2.]])
     """
-    problem = validation.problem(params, X, y, **options)
-    return _matrix(problem, gauss_newton=True)
+    return _matrix(validation.problem(params, X, y, **options), gauss_newton=True)
 
 
 def _matrix(problem: Problem, *, gauss_newton: bool) -> Array:
@@ -158,18 +143,13 @@ def matrix_row_numbers(spec: Spec) -> int:
 
 
 @public
-def ntk(
-    params: Params,
-    X1: ArrayLike,
-    X2: ArrayLike,
-    **options: Unpack[NetOptions],
-) -> Array:
+def ntk(params: Params, X1: ArrayLike, X2: ArrayLike, **options: Unpack[NetOptions]) -> Array:
     """Compute the neural tangent kernel of the net at these parameters.
 
     Parameters
     ----------
     params, activation, backend
-        As for `compute_grads`.
+        As for `compute_grads`, and refused as there.
     X1 : array (n1, d_0)
         Inputs, as X of `compute_grads`.
     X2 : array (n2, d_0)
@@ -180,11 +160,6 @@ def ntk(
     array (n1, d_L, n2, d_L)
         Entry [i, a, j, b] is the inner product of the gradients with respect to all parameters
         of output a at X1[i] and output b at X2[j]. Reshaped to (n1 d_L, n2 d_L) it is J1 J2ᵀ.
-
-    Raises
-    ------
-    TypeError, ValueError, ImportError
-        As for `compute_grads`.
 
     Notes
     -----

@@ -20,18 +20,13 @@ from mlp_backprop.types import Array, ArrayLike, Layer, NetOptions, Params, SumO
 
 
 @public
-def input_grads(
-    params: Params,
-    X: ArrayLike,
-    y: ArrayLike,
-    **options: Unpack[SumOptions],
-) -> Array:
+def input_grads(params: Params, X: ArrayLike, y: ArrayLike, **options: Unpack[SumOptions]) -> Array:
     """Compute the gradient of the loss with respect to the inputs.
 
     Parameters
     ----------
     params, X, y, activation, loss, reduction, sample_weight, backend
-        As for `compute_grads`.
+        As for `compute_grads`, and refused as there.
 
     Returns
     -------
@@ -39,11 +34,6 @@ def input_grads(
         dE/dX, in the parameters' dtype: row i is the gradient of the loss of row i, times its
         weight and, with reduction="mean", divided by the sum of the weights. It is what torch
         leaves in X.grad for the same loss.
-
-    Raises
-    ------
-    TypeError, ValueError, ImportError
-        As for `compute_grads`.
 
     Notes
     -----
@@ -157,27 +147,18 @@ JACOBIANS = {"inputs": _input_jacobian, "params": _params_jacobian}
 
 
 @public
-def input_hessian_diag(
-    params: Params,
-    X: ArrayLike,
-    **options: Unpack[NetOptions],
-) -> Array:
+def input_hessian_diag(params: Params, X: ArrayLike, **options: Unpack[NetOptions]) -> Array:
     """Compute the diagonal of the Hessian of every output by the inputs.
 
     Parameters
     ----------
     params, X, activation, backend
-        As for `compute_grads`.
+        As for `compute_grads`, and refused as there.
 
     Returns
     -------
     array (n, d_L, d_0)
         Entry [i, o, k] is d²Y[i, o] / dX[i, k]²: the diagonals of torch.func.hessian under vmap.
-
-    Raises
-    ------
-    TypeError, ValueError, ImportError
-        As for `compute_grads`.
 
     Notes
     -----
@@ -249,10 +230,7 @@ def laplacian(
 
 @public
 def input_hessian_entries(
-    params: Params,
-    X: ArrayLike,
-    pairs: Iterable[tuple[int, int]],
-    **options: Unpack[NetOptions],
+    params: Params, X: ArrayLike, pairs: Iterable[tuple[int, int]], **options: Unpack[NetOptions]
 ) -> Array:
     """Compute chosen second derivatives of every output by the inputs.
 

@@ -29,28 +29,20 @@ from mlp_backprop.types import (
 
 @public
 def per_sample_grads(
-    params: Params,
-    X: ArrayLike,
-    y: ArrayLike,
-    **options: Unpack[LossOptions],
+    params: Params, X: ArrayLike, y: ArrayLike, **options: Unpack[LossOptions]
 ) -> list[Layer]:
     """Compute the gradient of the loss of every single sample.
 
     Parameters
     ----------
     params, X, y, activation, loss, sample_weight, backend
-        As for `compute_grads`. n = 0 is allowed.
+        As for `compute_grads`, and refused as there, but n = 0 is allowed.
 
     Returns
     -------
     list of Layer
         (W, b) per layer, of shapes (n, d_l, d_{l-1}) and (n, d_l), in the dtype and library of the
         parameters.
-
-    Raises
-    ------
-    TypeError, ValueError, ImportError
-        As for `compute_grads`.
 
     Notes
     -----
@@ -98,7 +90,7 @@ def per_sample_grad_norms(
     Parameters
     ----------
     params, X, y, activation, loss, sample_weight, backend
-        As for `compute_grads`. n = 0 is allowed.
+        As for `compute_grads`, and refused as there, but n = 0 is allowed.
     per_layer : bool
         Whether to return the norm of each layer's part, W and b together.
 
@@ -106,11 +98,6 @@ def per_sample_grad_norms(
     -------
     array (n,), or (n, L) with per_layer
         In the parameters' dtype; float32 for half precision, whose range a norm may leave.
-
-    Raises
-    ------
-    TypeError, ValueError, ImportError
-        As for `compute_grads`.
 
     Notes
     -----
@@ -143,12 +130,7 @@ def per_sample_grad_norms(
 
 @public
 def clipped_grads(
-    params: Params,
-    X: ArrayLike,
-    y: ArrayLike,
-    *,
-    max_norm: float,
-    **options: Unpack[SumOptions],
+    params: Params, X: ArrayLike, y: ArrayLike, *, max_norm: float, **options: Unpack[SumOptions]
 ) -> LossAndGrads:
     """Compute a loss, and the sum of its samples' gradients, each clipped to a norm.
 

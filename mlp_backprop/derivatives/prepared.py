@@ -63,7 +63,7 @@ def prepare_grads(
 
         The results are fresh arrays, the caller's to keep. With `out`, a list of (W, b) to write
         to, the gradients are written there and `out` is returned in their place; no two of its
-        arrays may share memory.
+        numbers may share memory.
 
     Raises
     ------

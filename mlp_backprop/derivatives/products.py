@@ -41,12 +41,7 @@ INNER_PRODUCT = Loss(
 
 
 @public
-def jvp(
-    params: Params,
-    X: ArrayLike,
-    v: Params,
-    **options: Unpack[NetOptions],
-) -> Array:
+def jvp(params: Params, X: ArrayLike, v: Params, **options: Unpack[NetOptions]) -> Array:
     """Compute J v, the change of the outputs as the parameters move along v.
 
     Parameters
@@ -91,12 +86,7 @@ def jvp(
 
 
 @public
-def vjp(
-    params: Params,
-    X: ArrayLike,
-    u: ArrayLike,
-    **options: Unpack[NetOptions],
-) -> list[Layer]:
+def vjp(params: Params, X: ArrayLike, u: ArrayLike, **options: Unpack[NetOptions]) -> list[Layer]:
     """Compute Jᵀ u, the gradient of the sum of u ∘ H_L with respect to the parameters.
 
     Parameters
@@ -142,11 +132,7 @@ def vjp(
 
 @public
 def hvp(
-    params: Params,
-    X: ArrayLike,
-    y: ArrayLike,
-    v: Params,
-    **options: Unpack[SumOptions],
+    params: Params, X: ArrayLike, y: ArrayLike, v: Params, **options: Unpack[SumOptions]
 ) -> list[Layer]:
     """Compute H v, the Hessian of the loss with respect to all parameters, times a vector.
 
@@ -189,18 +175,14 @@ def hvp(
 
 @public
 def ggnvp(
-    params: Params,
-    X: ArrayLike,
-    y: ArrayLike,
-    v: Params,
-    **options: Unpack[SumOptions],
+    params: Params, X: ArrayLike, y: ArrayLike, v: Params, **options: Unpack[SumOptions]
 ) -> list[Layer]:
     """Compute Jᵀ A J v, the generalised Gauss-Newton matrix times a vector.
 
     Parameters
     ----------
     params, X, y, v, activation, loss, reduction, sample_weight, backend
-        As for `hvp`.
+        As for `hvp`, and refused as there.
 
     Returns
     -------
@@ -208,11 +190,6 @@ def ggnvp(
         J is the Jacobian of the outputs with respect to the parameters, A the Hessian of the loss
         with respect to the outputs. Scaled as `hvp`. The matrix is positive semi-definite, and is
         the Hessian where the outputs are linear in the parameters. For "squared_error" A = 2.
-
-    Raises
-    ------
-    TypeError, ValueError, ImportError
-        As for `hvp`.
 
     Notes
     -----
@@ -231,18 +208,15 @@ def ggnvp(
 
 @public
 def fisher_vp(
-    params: Params,
-    X: ArrayLike,
-    y: ArrayLike,
-    v: Params,
-    **options: Unpack[SumOptions],
+    params: Params, X: ArrayLike, y: ArrayLike, v: Params, **options: Unpack[SumOptions]
 ) -> list[Layer]:
     """Compute F v, the Fisher information matrix of the net times a vector.
 
     Parameters
     ----------
     params, X, y, v, activation, loss, reduction, sample_weight, backend
-        As for `hvp`. y matters only for its class weights, whose sum in a row multiplies it.
+        As for `hvp`, and refused as there. y matters only for its class weights, whose sum in a
+        row multiplies F.
 
     Returns
     -------
@@ -250,11 +224,6 @@ def fisher_vp(
         F is the mean of g gᵀ, with g the gradient of -log p(y | x) for y drawn from the net's own
         predictions, p proportional to exp(-loss): not the "empirical" one of the data's y. Scaled
         as `hvp`; a sample of weight w counts as w samples.
-
-    Raises
-    ------
-    TypeError, ValueError, ImportError
-        As for `hvp`.
 
     Notes
     -----
@@ -274,12 +243,7 @@ def fisher_vp(
 
 
 def _product(
-    kind: str,
-    params: Params,
-    X: ArrayLike,
-    y: ArrayLike,
-    v: Params,
-    **options: Unpack[SumOptions],
+    kind: str, params: Params, X: ArrayLike, y: ArrayLike, v: Params, **options: Unpack[SumOptions]
 ) -> list[Layer]:
     problem = validation.problem(params, X, y, **options)
     vector = validation.like_params(v, "v", problem, options.get("backend"))

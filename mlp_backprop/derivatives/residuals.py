@@ -322,10 +322,7 @@ def _blocks(spec: Spec, X: Array, n_arrays: int) -> Iterable[slice]:
 
 
 def _reduced(
-    spec: Spec,
-    blocks: Iterable[tuple[Array, list[Layer]]],
-    X: Array,
-    weight: Array | None,
+    spec: Spec, blocks: Iterable[tuple[Array, list[Layer]]], X: Array, weight: Array | None
 ) -> LossAndGrads:
     """Losses and gradients of all blocks, added, and divided once."""
     loss, grads = added_blocks(blocks)

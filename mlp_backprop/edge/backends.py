@@ -47,27 +47,21 @@ def _torch_to_numpy(tensor: Any) -> Array:
 
 _ASTYPE = "{array}.astype('{dtype}')"
 
+_NUMPY = Backend(
+    name="numpy",
+    module="numpy",
+    extra="",
+    cast=_ASTYPE,
+    copy="{array}",
+    to_numpy=np.asarray,
+    devices=lambda module: ["cpu"],
+)
+
 BACKENDS = {
     row.name: row
     for row in (
-        Backend(
-            name="numpy",
-            module="numpy",
-            extra="",
-            cast=_ASTYPE,
-            copy="{array}",
-            to_numpy=np.asarray,
-            devices=lambda numpy: ["cpu"],
-        ),
-        Backend(
-            name="numba",  # NumPy's arrays, with a compiled engine
-            module="numpy",
-            extra="numba",
-            cast=_ASTYPE,
-            copy="{array}",
-            to_numpy=np.asarray,
-            devices=lambda numba: ["cpu"],
-        ),
+        _NUMPY,
+        _NUMPY._replace(name="numba", extra="numba"),  # the same arrays, with a compiled engine
         Backend(
             name="cupy",
             module="array_api_compat.cupy",
@@ -293,6 +287,19 @@ def share_memory(xp: Namespace, one: Array, other: Array) -> bool:
     elif one.base is None and other.base is None:  # each has memory of its own: the usual case
         return one is other
     return bool(np.shares_memory(one, other))
+
+
+def overlaps_itself(xp: Namespace, array: Array) -> bool:
+    """Whether what is written to one number of an array may be found in another."""
+    places = array if xp is np else _outline(array)
+    if places.flags.forc:  # the usual case
+        return False
+    while places.ndim:
+        # Rows lie alike: if any two overlap, so does the first with another.
+        if np.shares_memory(places[:1], places[1:]):
+            return True
+        places = places[0, ...]
+    return False
 
 
 def _outline(array: Array) -> Array:

@@ -147,6 +147,11 @@ def check_out(out: Params, spec: Spec) -> list[Layer]:
             raise ValueError(f"{expected}; {a.name} is a {came} of {dtype}, {shape_of(a)}")
     if not all(backends.is_writeable(a.xp, a.array) for a in arrays):
         raise ValueError("out holds arrays that cannot be written to")
+    for a in arrays:
+        if backends.overlaps_itself(spec.xp, a.array):
+            raise ValueError(
+                f"{a.name} has several numbers in one place: each needs a place of its own"
+            )
     for one, other in combinations(arrays, 2):
         if backends.share_memory(spec.xp, one.array, other.array):
             raise ValueError(

@@ -32,7 +32,7 @@ from mlp_backprop.maths import samples, tangents
 from mlp_backprop.maths.row_blocks import added_layers, row_blocks, rows_of
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.maths.tangents import Kind
-from mlp_backprop.types import Array, Layer, LossAndGrads
+from mlp_backprop.types import Array, Layers, LossAndGrads
 
 Run = Callable[..., LossAndGrads]  # as above
 
@@ -93,12 +93,7 @@ def plan(spec: Spec, n: int, backend: str | None, precision: str = "float32") ->
 
 
 def derivation(
-    spec: Spec,
-    params: list[Layer],
-    X: Array,
-    y: Array,
-    weight: Array | None,
-    out: list[Layer] | None = None,
+    spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None, out: Layers | None = None
 ) -> LossAndGrads:
     """The derivation as a run: of every library that has no faster one."""
     with undisturbed(spec, X.shape[0]):
@@ -122,7 +117,7 @@ def is_for_numpy(spec: Spec) -> bool:
 
 def for_each_sweep(
     spec: Spec,
-    params: list[Layer],
+    params: Layers,
     X: Array,
     y: Array,
     weight: Array | None,
@@ -143,19 +138,13 @@ def for_each_sweep(
 
 
 def vector_product_sums(
-    spec: Spec,
-    kind: Kind,
-    params: list[Layer],
-    v: list[Layer],
-    X: Array,
-    y: Array,
-    weight: Array | None,
-) -> list[Layer]:
+    spec: Spec, kind: Kind, params: Layers, v: Layers, X: Array, y: Array, weight: Array | None
+) -> Layers:
     """The matrix of this kind, summed over samples, times v."""
     if is_for_numpy(spec):
         return numpy_products.tiled_product_sums(spec, kind, params, v, X, y, weight)
 
-    def sums(rows: slice) -> list[Layer]:
+    def sums(rows: slice) -> Layers:
         block = X[rows, :], y[rows, ...], rows_of(weight, rows)
         return tangents.product_sums(spec, kind, params, v, *block)
 

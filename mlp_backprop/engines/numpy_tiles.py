@@ -21,7 +21,7 @@ from mlp_backprop import backprop
 from mlp_backprop.backprop import Spec, Sums
 from mlp_backprop.engines import threads
 from mlp_backprop.engines.schedule import make_schedule
-from mlp_backprop.types import Array, DType, Layer, LossAndGrads
+from mlp_backprop.types import Array, DType, Layer, Layers, LossAndGrads
 
 
 class InPlace(NamedTuple):
@@ -151,17 +151,12 @@ class TiledRun:
         self.chunk_losses: list[float] = []
 
     def __call__(
-        self,
-        params: list[Layer],
-        X: Array,
-        y: Array,
-        weight: Array | None,
-        out: list[Layer] | None = None,
+        self, params: Layers, X: Array, y: Array, weight: Array | None, out: Layers | None = None
     ) -> LossAndGrads:
         """The contract of choice.py."""
         return backprop.reduced(self.spec, self.sums(params, X, y, weight), out)
 
-    def sums(self, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Sums:
+    def sums(self, params: Layers, X: Array, y: Array, weight: Array | None) -> Sums:
         """Loss, weights and gradients, summed over the rows of X."""
         n = len(X)
         weight_sum = float(n) if weight is None else float(weight.sum(dtype=np.float64))
@@ -180,7 +175,7 @@ class TiledRun:
             return threads.blas_on_one_thread()
         return threads.blas_on_its_threads() if self.schedule.blas_threads else nullcontext()
 
-    def _pack(self, params: list[Layer]) -> None:
+    def _pack(self, params: Layers) -> None:
         """[W_l b_l] in one array, negated where the activation wants -Z."""
         packed = self.packed
         for l, ((W, b), row) in enumerate(zip(params, self.rows, strict=True)):
@@ -309,7 +304,7 @@ class TiledRun:
 
     def for_each_sweep(
         self,
-        params: list[Layer],
+        params: Layers,
         X: Array,
         y: Array,
         weight: Array | None,

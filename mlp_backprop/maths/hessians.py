@@ -31,7 +31,7 @@ from typing import NamedTuple
 from mlp_backprop import backprop
 from mlp_backprop.backprop import Spec
 from mlp_backprop.maths.tangents import at_outputs
-from mlp_backprop.types import Array, Layer, Namespace
+from mlp_backprop.types import Array, Layers, Namespace
 
 
 class Tape(NamedTuple):
@@ -44,7 +44,7 @@ class Tape(NamedTuple):
     H_L: Array
 
 
-def record(spec: Spec, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Tape:
+def record(spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None) -> Tape:
     """What the blocks need of a forward and a backward pass."""
     xp = spec.xp
     Z, H = backprop.forward(spec, params, X)
@@ -67,7 +67,7 @@ def extended(spec: Spec, A: Array, last: int) -> Array:
 
 
 def unit_changes(
-    spec: Spec, params: list[Layer], tape: Tape, y: Array, weight: Array | None, l: int
+    spec: Spec, params: Layers, tape: Tape, y: Array, weight: Array | None, l: int
 ) -> tuple[list[Array], list[Array]]:
     """(V7): d_p D_m (d_l, n, d_m) and [d_p H_{m-1} 0] for the layers m from l on, from 0."""
     xp, F = spec.xp, tape.F
@@ -97,12 +97,7 @@ def block(xp: Namespace, H_left: Array, dD: Array, H: Array, D: Array, dH: Array
 
 
 def blocks(
-    spec: Spec,
-    params: list[Layer],
-    X: Array,
-    y: Array,
-    weight: Array | None,
-    gauss_newton: bool,
+    spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None, gauss_newton: bool
 ) -> list[Array]:
     """The blocks (1, 1), (1, 2), ..., (2, 2), ...: entries of [W_l b_l] row by row."""
     tape = record(spec, params, X, y, weight)
@@ -118,7 +113,7 @@ def blocks(
     return found
 
 
-def output_deltas(spec: Spec, params: list[Layer], X: Array) -> Iterator[tuple[Array, Array]]:
+def output_deltas(spec: Spec, params: Layers, X: Array) -> Iterator[tuple[Array, Array]]:
     """For every layer D_l[a], begun with G_L = e_a, (d_L, n, d_l), and H_{l-1}."""
     Z, H = backprop.forward(spec, params, X)
     unit = spec.xp.eye(H[-1].shape[1], dtype=H[-1].dtype, device=H[-1].device)
@@ -126,7 +121,7 @@ def output_deltas(spec: Spec, params: list[Layer], X: Array) -> Iterator[tuple[A
         yield D, H[l - 1]
 
 
-def kernel(spec: Spec, params: list[Layer], X1: Array, X2: Array) -> Array:
+def kernel(spec: Spec, params: Layers, X1: Array, X2: Array) -> Array:
     """(V9): (n1, d_L, n2, d_L)."""
     xp, K = spec.xp, None
     deltas = output_deltas(spec, params, X1), output_deltas(spec, params, X2)

@@ -32,7 +32,7 @@ from typing import NamedTuple
 from mlp_backprop import backprop
 from mlp_backprop.activations import Activation
 from mlp_backprop.backprop import Spec
-from mlp_backprop.types import Array, Layer, Namespace
+from mlp_backprop.types import Array, Layer, Layers, Namespace
 
 Square = Callable[[Array], Array]
 
@@ -59,12 +59,7 @@ def indices(xp: Namespace, which: Sequence[int], X: Array) -> Array:
 
 
 def levels(
-    spec: Spec,
-    params: list[Layer],
-    Z: list[Array],
-    H: list[Array],
-    V: Array,
-    q: Square | None = None,
+    spec: Spec, params: Layers, Z: list[Array], H: list[Array], V: Array, q: Square | None = None
 ) -> Iterator[Level]:
     """Yield the derivatives of layers 0, ..., L; tangents alone without q. (I1) to (I4)."""
     xp, level = spec.xp, Level(V, V)
@@ -90,7 +85,7 @@ def scaled(Zt: Array, c: Array | None) -> Array:
     return Zt if c is None else c * Zt
 
 
-def input_jacobian(spec: Spec, params: list[Layer], Z: list[Array], H: list[Array]) -> Array:
+def input_jacobian(spec: Spec, params: Layers, Z: list[Array], H: list[Array]) -> Array:
     """dH_L/dX (d_L, n, d_0), by one backward sweep for all outputs."""
     above, G = params, basis(spec.xp, H[-1].shape[1], X=H[-1])
     if len(params) > 1 and spec.activations[-1].name == "identity":
@@ -101,7 +96,7 @@ def input_jacobian(spec: Spec, params: list[Layer], Z: list[Array], H: list[Arra
 
 def grad_sums(
     spec: Spec,
-    params: list[Layer],
+    params: Layers,
     Z: list[Array],
     H: list[Array],
     tape: list[Level],
@@ -109,7 +104,7 @@ def grad_sums(
     Gt: Array,
     Gs: Array = None,
     c: Array | None = None,
-) -> list[Layer]:
+) -> Layers:
     """The gradient of every layer from the levels of the forward pass, (I5) to (I9).
 
     Without Gs the loss has no Laplacian in it, and the tape needs none.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from functools import reduce
 from itertools import starmap
 
-from mlp_backprop.types import Array, Layer, Namespace
+from mlp_backprop.types import Array, Layer, Layers, Namespace
 
 # All that a pass keeps for a block. Measured: larger blocks leave the caches, and in smaller ones
 # the calls cost more than the arithmetic.
@@ -33,12 +33,12 @@ def concatenated(xp: Namespace, blocks: list[Array]) -> Array:
     return blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=0)
 
 
-def added_layers(layers: list[Layer], more: list[Layer]) -> list[Layer]:
+def added_layers(layers: Layers, more: Layers) -> Layers:
     """Sums over two blocks as sums over both."""
     pairs = zip(layers, more, strict=True)
     return list(starmap(lambda a, b: Layer(a.W + b.W, a.b + b.b), pairs))
 
 
-def added_blocks(blocks: Iterable[tuple[Array, list[Layer]]]) -> tuple[Array, list[Layer]]:
+def added_blocks(blocks: Iterable[tuple[Array, Layers]]) -> tuple[Array, Layers]:
     """The losses and gradients of all blocks, added."""
     return reduce(lambda a, b: (a[0] + b[0], added_layers(a[1], b[1])), blocks)

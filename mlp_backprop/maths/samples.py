@@ -18,13 +18,13 @@ from collections.abc import Iterable, Iterator
 
 from mlp_backprop import backprop
 from mlp_backprop.backprop import Spec
-from mlp_backprop.types import Array, Layer, Namespace
+from mlp_backprop.types import Array, Layer, Layers, Namespace
 
 Factors = tuple[Array, Array]  # D_l and H_{l-1}
 
 
 def sweep(
-    spec: Spec, params: list[Layer], X: Array, y: Array, weight: Array | None
+    spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None
 ) -> tuple[Array, Iterator[Factors]]:
     """The weighted loss, and the factors of (P1) from the last layer to the first."""
     Z, H = backprop.forward(spec, params, X)
@@ -57,7 +57,7 @@ def squared_norms(spec: Spec, factors: Iterable[Factors]) -> list[Array]:
     return [squares(D) * (squares(H_below) + 1) for D, H_below in factors]
 
 
-def clipped_sums(spec: Spec, factors: Iterable[Factors], max_norm: float) -> list[Layer]:
+def clipped_sums(spec: Spec, factors: Iterable[Factors], max_norm: float) -> Layers:
     """Equations (P3) to (P5): the clipped gradients of every layer, summed over samples."""
     xp, wide = spec.xp, backprop.accumulator_dtype(spec)
     factors = list(factors)[::-1]  # kept until the norms are known

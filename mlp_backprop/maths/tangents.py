@@ -30,7 +30,7 @@ from typing import NamedTuple
 from mlp_backprop import backprop
 from mlp_backprop.backprop import Spec
 from mlp_backprop.losses import Loss
-from mlp_backprop.types import Array, Layer, Namespace
+from mlp_backprop.types import Array, Layer, Layers, Namespace
 
 OutputProduct = Callable[[Namespace, Array, Array, Array], Array]  # a column of LOSSES
 
@@ -65,7 +65,7 @@ class Step(NamedTuple):
     dH: Array
 
 
-def tangents(spec: Spec, params: list[Layer], v: list[Layer], X: Array) -> Iterator[Step]:
+def tangents(spec: Spec, params: Layers, v: Layers, X: Array) -> Iterator[Step]:
     """The layers from the first to the last: (V1) and (V2)."""
     xp, H, dH = spec.xp, X, None
     for (W, b), (V, c), row in zip(params, v, spec.activations, strict=True):
@@ -81,14 +81,8 @@ def tangents(spec: Spec, params: list[Layer], v: list[Layer], X: Array) -> Itera
 
 
 def product_sums(
-    spec: Spec,
-    kind: Kind,
-    params: list[Layer],
-    v: list[Layer],
-    X: Array,
-    y: Array,
-    weight: Array | None,
-) -> list[Layer]:
+    spec: Spec, kind: Kind, params: Layers, v: Layers, X: Array, y: Array, weight: Array | None
+) -> Layers:
     """The matrix of this kind, summed over samples, times v: (V1) to (V6)."""
     xp = spec.xp
     steps = list(tangents(spec, params, v, X))

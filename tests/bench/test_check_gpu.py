@@ -14,30 +14,6 @@ from types import SimpleNamespace
 import pytest
 
 TESTS = Path(__file__).parents[1]
-BENCHMARKS = TESTS.parent / "benchmarks"
-
-
-@pytest.fixture
-def programs(monkeypatch):
-    """The files of benchmarks/, which are programs beside each other and no package."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import check_gpu
-    import gpu_answers
-    import gpu_cells
-    import gpu_contenders
-    import gpu_expected
-    import gpu_steps
-
-    return SimpleNamespace(
-        answers=gpu_answers,
-        cells=gpu_cells,
-        check=check_gpu,
-        contenders=gpu_contenders,
-        expected=gpu_expected,
-        steps=gpu_steps,
-    )
-
-
 # Verdicts ----------------------------------------------------------------------------------------
 
 

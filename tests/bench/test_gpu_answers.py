@@ -3,7 +3,6 @@
 import json
 import sys
 from itertools import count
-from pathlib import Path
 from types import SimpleNamespace
 
 import emulation
@@ -14,20 +13,6 @@ from engines.cuda.test_emulated import host  # noqa: F401 - a fixture
 from mlp_backprop.edge import validation
 from mlp_backprop.engines.cuda import engine
 from mlp_backprop.types import Layer
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def programs(monkeypatch):
-    """The files of benchmarks/, which are programs beside each other and no package."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import bench_gpu
-    import gpu_answers
-    import gpu_card
-
-    return SimpleNamespace(answers=gpu_answers, bench=bench_gpu, card=gpu_card)
-
 
 # Answers -----------------------------------------------------------------------------------------
 

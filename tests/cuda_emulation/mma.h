@@ -6,23 +6,12 @@
 
 namespace emulation {
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline float number_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-
 #if FLOAT16
 
 // Rounds to nearest, to even between two.
 inline Half to_half(float x) {
-  const uint32_t sign = bits_of(x) >> 16 & 0x8000, magnitude = bits_of(x) & 0x7fffffff;
+  const uint32_t bits = __float_as_uint(x);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return sign | 0x7e00;           // nan
   if (magnitude >= 0x477ff000) return sign | 0x7c00;          // from 65520 on: inf
   if (magnitude < 0x38800000) return sign | Half(nearbyintf(fabsf(x) * 0x1p24f));  // subnormal
@@ -32,20 +21,20 @@ inline Half to_half(float x) {
 inline float exact_to_float(Half half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16;
   const uint32_t exponent = half >> 10 & 31, mantissa = half & 1023;
-  if (exponent == 31) return number_of(sign | 0x7f800000 | mantissa << 13);
-  if (exponent == 0) return copysignf(mantissa * 0x1p-24f, number_of(sign));
-  return number_of(sign | (exponent + 112) << 23 | mantissa << 13);
+  if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | mantissa << 13);
+  if (exponent == 0) return copysignf(mantissa * 0x1p-24f, __uint_as_float(sign));
+  return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
 #else
 
 inline Half to_half(float x) {
-  const uint32_t bits = bits_of(x);
+  const uint32_t bits = __float_as_uint(x);
   if (x != x) return 0x7fff;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-inline float exact_to_float(Half half) { return number_of(uint32_t(half) << 16); }
+inline float exact_to_float(Half half) { return __uint_as_float(uint32_t(half) << 16); }
 
 #endif
 
@@ -79,7 +68,7 @@ inline float high_half(unsigned word) { return emulation::to_float(word >> 16); 
 
 // Off by up to 2^-11, either way.
 inline float rough_tanh(float x) {
-  const int thousandths = int(emulation::bits_of(x) * 2654435761u >> 16) % 2001 - 1000;
+  const int thousandths = int(__float_as_uint(x) * 2654435761u >> 16) % 2001 - 1000;
   return tanhf(x) * (1 + thousandths * 0x1p-11f / 1000);
 }
 

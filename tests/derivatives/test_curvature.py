@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from derivatives.test_products import SHAPES, torch_matrices, vector_like
 from numpy.testing import assert_array_equal
-from oracles import ACTIVATIONS, LOSSES, assert_close, make_problem
+from oracles import ACTIVATIONS, LOSSES, assert_close, make_problem, problems
 
 from mlp_backprop.derivatives import curvature
 from mlp_backprop.derivatives.curvature import ggn, hessian, linear_operator, ntk
@@ -37,9 +37,7 @@ def by_columns(product, problem, **options):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_against_torch(activation, loss):
-    for seed, sizes in enumerate(SHAPES):
-        kind = {"activation": activation, "loss": loss, "weighted": seed % 2 == 0}
-        problem = make_problem(sizes, n=(7, 2, 1)[seed % 3], **kind, seed=seed)
+    for seed, problem in problems(SHAPES, activation, loss):
         reduction = ("mean", "sum")[seed % 2]
         _, H, G = torch_matrices(problem, reduction)
         assert_close(run(hessian, problem, reduction=reduction), H, 1e-11)

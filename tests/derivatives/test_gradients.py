@@ -13,8 +13,10 @@ from oracles import (
     TAKE_LOGITS,
     assert_close,
     assert_grads_close,
+    assert_result_close,
     complex_step_grads,
     make_problem,
+    problems,
 )
 
 from mlp_backprop import Layer, check_grads, compute_grads, forward
@@ -40,18 +42,11 @@ def by_torch(problem, reduction):
     )
 
 
-def assert_result_close(got, expected, tolerance=1e-12):
-    assert_close(got[0], expected[0], tolerance)
-    assert_grads_close(got[1], expected[1], tolerance)
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_against_torch_autograd(activation, loss):
-    for seed, sizes in enumerate(SHAPES):
-        weighted, reduction = seed % 2 == 0, ("mean", "sum")[seed // 2 % 2]
-        kind = {"activation": activation, "loss": loss, "weighted": weighted}
-        problem = make_problem(sizes, n=(7, 2, 1)[seed % 3], **kind, seed=seed)
+    for seed, problem in problems(SHAPES, activation, loss):
+        reduction = ("mean", "sum")[seed // 2 % 2]
         expected = by_torch(problem, reduction)
         assert_result_close(run(problem, reduction=reduction), expected)
         # The float32 data are rounded first; what is then off is the arithmetic's.

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import as_strided
 from numpy.testing import assert_array_equal
 from oracles import LOSSES, make_problem
 
@@ -647,6 +648,41 @@ def test_an_out_of_arrays_that_overlap(case, container, backend):
     assert not any(backend.numpy(A).any() for A in arrays)
 
 
+# In numbers, of a W of two rows and three columns.
+FOLDED = [(0, 1), (1, 0), (0, 0), (1, 1), (2, 1), (1.5, 0.5), (-2, 1)]
+
+
+@pytest.mark.parametrize("container", [list, tuple])
+@pytest.mark.parametrize("strides", FOLDED)
+def test_an_out_whose_own_numbers_overlap(strides, container):
+    problem, memory = make_problem((3, 2)), np.zeros(9)
+    folded = as_strided(memory[3:], (2, 3), [int(8 * step) for step in strides])
+    grad_fn = prepare(problem)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"W of layer 1 in out .* in one place: .* its own"):
+            call(grad_fn, problem, out=container([(folded, np.zeros(2))]))
+    with pytest.raises(ValueError, match=r"b of layer 1 in out .* in one place: .* its own"):
+        call(grad_fn, problem, out=container([(np.zeros((2, 3)), as_strided(memory, (2,), (0,)))]))
+    assert not memory.any()
+
+
+def test_a_tensor_whose_own_numbers_overlap():
+    torch = pytest.importorskip("torch")
+    problem = make_problem((3, 2)).map(torch.tensor)
+    memory = torch.zeros(9, dtype=torch.float64)
+    out = [(memory.as_strided((2, 3), (2, 1)), torch.zeros(2, dtype=torch.float64))]
+    with pytest.raises(ValueError, match=r"W of layer 1 in out .* in one place"):
+        call(prepare(problem), problem, out=out)
+    assert not memory.any()
+
+
+@pytest.mark.parametrize("strides", [(3, 2), (-3, 2), (1, 2), (4, -1)])
+def test_an_out_of_unusual_strides_is_no_overlap(strides):
+    problem, memory = make_problem((3, 2)), np.zeros(16)
+    W = as_strided(memory[4:], (2, 3), [8 * step for step in strides])
+    assert_same_bits(call(prepare(problem), problem, out=[(W, np.zeros(2))]), run(problem))
+
+
 def test_an_out_of_interleaved_views_is_no_overlap(backend):
     # As by columns of [W b]: each between the first and the last number of the other.
     backend = writeable(backend)
@@ -685,6 +721,10 @@ def test_an_out_on_a_device_is_compared_by_its_addresses():
     for one, other in [(A, A), (A[:, 1:], A[:, 1]), (A[1], A[:2]), (A[:, :-1], A[:, -1])]:
         expected = np.shares_memory(one, other)
         assert backends.share_memory("cupy", OnDevice(one), OnDevice(other)) == expected
+    for strides in FOLDED:
+        folded = as_strided(A[1, :], (2, 3), [int(4 * step) for step in strides])
+        assert backends.overlaps_itself("cupy", OnDevice(folded))
+        assert not backends.overlaps_itself("cupy", OnDevice(A[:, 1:]))
 
 
 def test_jax_arrays_cannot_be_out():

@@ -14,6 +14,7 @@ from oracles import (
     assert_grads_close,
     make_problem,
     peak_bytes,
+    problems,
 )
 
 from mlp_backprop import Layer, activations, compute_grads, forward, losses
@@ -88,9 +89,7 @@ def assert_product(got, matrix, v, tolerance=1e-11):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_against_torch(activation, loss):
-    for seed, sizes in enumerate(SHAPES):
-        kind = {"activation": activation, "loss": loss, "weighted": seed % 2 == 0}
-        problem = make_problem(sizes, n=(7, 2, 1)[seed % 3], **kind, seed=seed)
+    for seed, problem in problems(SHAPES, activation, loss):
         v, reduction = vector_like(problem), ("mean", "sum")[seed % 2]
         _, H, G = torch_matrices(problem, reduction)
         assert_product(run(hvp, problem, v, reduction=reduction), H, v)

@@ -11,8 +11,10 @@ from oracles import (
     LOSSES,
     assert_close,
     assert_grads_close,
+    assert_result_close,
     make_problem,
     peak_bytes,
+    problems,
 )
 
 from mlp_backprop import compute_grads, forward
@@ -107,24 +109,17 @@ def torch_residual(columns):
     return loss_of
 
 
-def assert_result_close(got, expected, tolerance=1e-10):
-    assert_close(got[0], expected[0], tolerance)
-    assert_grads_close(got[1], expected[1], tolerance)
-
-
 # Values ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_sobolev_against_torch(activation, loss):
-    for seed, sizes in enumerate(SHAPES):
-        kind = {"activation": activation, "loss": loss, "weighted": seed % 2 == 0}
-        problem = make_problem(sizes, (7, 2, 3)[seed % 3], **kind, seed=seed)
+    for seed, problem in problems(SHAPES, activation, loss, n=(7, 2, 3)):
         dy, reduction = slopes(problem), ("mean", "sum")[seed % 2]
         got = run_sobolev(problem, dy, slope_weight=0.3, reduction=reduction)
         expected = by_torch(problem, torch_sobolev(problem, dy, 0.3), reduction)
-        assert_result_close(got, expected)
+        assert_result_close(got, expected, 1e-10)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -138,7 +133,7 @@ def test_residual_against_torch(activation, reduction, weighted):
         for inputs in (None, [sizes[0] - 1]):
             got = run_residual(problem, nonlinear, reduction=reduction, inputs=inputs)
             columns = range(sizes[0]) if inputs is None else inputs
-            assert_result_close(got, by_torch(problem, torch_residual(columns), reduction))
+            assert_result_close(got, by_torch(problem, torch_residual(columns), reduction), 1e-10)
 
 
 def test_residual_against_jax():
@@ -158,7 +153,7 @@ def test_residual_against_jax():
 
     params = [tuple(map(jax.numpy.asarray, layer)) for layer in problem.params]
     assert_result_close(
-        run_residual(problem, nonlinear), jax.jit(jax.value_and_grad(value))(params)
+        run_residual(problem, nonlinear), jax.jit(jax.value_and_grad(value))(params), 1e-10
     )
 
 
@@ -317,7 +312,7 @@ def test_every_library_agrees_with_numpy(sizes, backend):
     ]
     for got, expected in results:
         grads = [map(backend.numpy, layer) for layer in got.grads]
-        assert_result_close((backend.numpy(got.loss), grads), expected)
+        assert_result_close((backend.numpy(got.loss), grads), expected, 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -363,9 +358,9 @@ def test_a_named_backend_takes_numpy_arrays():
     dy = slopes(problem)
     got = run_sobolev(problem, dy, backend="torch")
     assert isinstance(got.loss, torch.Tensor)
-    assert_result_close(got, run_sobolev(problem, dy))
+    assert_result_close(got, run_sobolev(problem, dy), 1e-10)
     got = run_residual(problem, nonlinear, backend="torch")  # called with tensors
-    assert_result_close(got, run_residual(problem, nonlinear))
+    assert_result_close(got, run_residual(problem, nonlinear), 1e-10)
 
 
 def test_lists_do():

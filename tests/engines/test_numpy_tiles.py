@@ -6,6 +6,7 @@ where the real cut matters, the number of rows is taken from it.
 
 import numpy as np
 import pytest
+from derivation import checked
 from numpy.testing import assert_array_equal
 from oracles import (
     ACTIVATIONS,
@@ -18,7 +19,6 @@ from oracles import (
 )
 
 from mlp_backprop import backprop, compute_grads
-from mlp_backprop.edge import validation
 from mlp_backprop.engines import choice, numpy_tiles, threads
 from mlp_backprop.engines.schedule import make_schedule
 from mlp_backprop.types import flat
@@ -42,26 +42,15 @@ def cut(monkeypatch):
     return set_parts
 
 
-def arguments(problem):
-    return validation.problem(
-        problem.params,
-        problem.X,
-        problem.y,
-        **problem.options,
-        reduction="sum",
-        backend=None,
-    )
-
-
 @np.errstate(all="ignore")
 def by_tiles(problem):
-    spec, *arrays = arguments(problem)
+    spec, *arrays = checked(problem)
     return numpy_tiles.prepare(spec, len(problem.X)).sums(*arrays)
 
 
 @np.errstate(all="ignore")
 def by_derivation(problem):
-    spec, *arrays = arguments(problem)
+    spec, *arrays = checked(problem)
     return backprop.loss_and_grad_sums(spec, *arrays)
 
 
@@ -118,7 +107,7 @@ def test_rows_around_the_borders(n, sizes, parts, cut):
 
 @pytest.mark.parametrize("sizes", [(2, 10, 5, 1), (70, 6, 3)])
 def test_rows_around_the_borders_of_the_real_cut(sizes):
-    spec = arguments(make_problem(sizes)).spec
+    spec = checked(make_problem(sizes)).spec
     tile_rows = make_schedule(spec, 10**9, 8).tile_rows
     for n in (tile_rows - 1, tile_rows, tile_rows + 1, 40 * tile_rows + 7):
         assert_like_derivation(make_problem(sizes, n, weighted=True, seed=n))
@@ -142,7 +131,7 @@ def test_any_sequence_of_activations(seed, cut):
 
 
 def test_half_precision_is_left_to_the_derivation():
-    spec = arguments(make_problem()).spec
+    spec = checked(make_problem()).spec
     assert choice.is_for_numpy(spec)
     assert not choice.is_for_numpy(spec._replace(dtype=np.dtype(np.float16)))
 
@@ -277,7 +266,7 @@ def test_no_number_of_threads_changes_a_bit(sizes, dtype, cut, monkeypatch):
 def test_no_setting_of_blas_changes_a_bit(n, sizes, dtype):
     threadpoolctl = pytest.importorskip("threadpoolctl")
     problem = make_problem(sizes, n, dtype=dtype)
-    plan = numpy_tiles.prepare(arguments(problem)[0], n)
+    plan = numpy_tiles.prepare(checked(problem)[0], n)
     if not plan.schedule.holds_blas and max(sizes) > 15:
         pytest.skip("the products of this shape are left to BLAS")
     results = []
@@ -300,7 +289,7 @@ def test_wide_nets_repeat_bit_for_bit(cut):
 @pytest.mark.parametrize("parts", [ALL_THREADED, LEFT_TO_BLAS])
 def test_a_plan_serves_any_number_of_rows(parts, cut):
     cut(tile_rows=TILE, **{"chunk_rows": CHUNK} | parts)
-    spec, *arrays = arguments(make_problem((20, 5, 2, 4), 50, weighted=True))
+    spec, *arrays = checked(make_problem((20, 5, 2, 4), 50, weighted=True))
     params, *data = arrays
     plan = numpy_tiles.prepare(spec, 50)
     for n in (3, 50, 2, 4, 0, 13, 1, 49, 50):
@@ -311,7 +300,7 @@ def test_a_plan_serves_any_number_of_rows(parts, cut):
 
 
 def test_a_plan_does_not_keep_a_workspace_for_every_number_of_rows():
-    spec, params, X, y, _ = arguments(make_problem((8, 32, 32, 1), 600))
+    spec, params, X, y, _ = checked(make_problem((8, 32, 32, 1), 600))
     plan = numpy_tiles.prepare(spec, 600)
 
     def run_all():

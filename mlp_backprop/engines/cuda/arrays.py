@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlp_backprop.types import Array, Layer, LossAndGrads, flat
+from mlp_backprop.backprop import Spec
+from mlp_backprop.types import Array, DType, Layer, Layers, LossAndGrads, flat
 
 
 class Arguments(NamedTuple):
@@ -17,12 +18,12 @@ class Arguments(NamedTuple):
     holds C-contiguous arrays.
     """
 
-    params: list[Layer]
+    params: Layers
     X: Array
     y: Array
     weight: Array | None
     mean: bool
-    out: list[Layer] | None
+    out: Layers | None
     constant_X: bool = False  # for a bound call: what is made of X alone may be kept
 
 
@@ -32,6 +33,17 @@ TARGETS = {
     np.dtype(np.int32): "int",
     np.dtype(np.int64): "long long",
 }
+
+
+def constants_of(spec: Spec, target: DType) -> dict[str, Any]:
+    """What the kernels of narrow nets are compiled for: the net, its loss, this type of y."""
+    return {
+        "SIZES": ",".join(map(str, spec.sizes)),
+        "ACTIVATIONS": ",".join(row.name.upper() for row in spec.activations),
+        "LOSS": spec.loss.name.upper(),
+        "TARGET": TARGETS[np.dtype(target)],
+    }
+
 
 # CuPy 13 has passed None as another address.
 NULL = np.uint64(0)
@@ -80,7 +92,7 @@ class Results:
         self.places = [4 * k for k in accumulate(map(math.prod, self.shapes), initial=0)]
         self.size = self.places.pop() // 4
 
-    def __call__(self, out: list[Layer] | None) -> LossAndGrads:
+    def __call__(self, out: Layers | None) -> LossAndGrads:
         """A loss and gradients, of no particular values; these are `out` if there is one."""
         import cupy
 

@@ -24,7 +24,7 @@ from mlp_backprop.engines.cuda import layers as cuda_layers
 from mlp_backprop.engines.cuda import tiny, warp_tiles
 from mlp_backprop.engines.cuda.arrays import TARGETS, Arguments
 from mlp_backprop.maths.row_blocks import added_blocks, rows_of
-from mlp_backprop.types import Array, Layer, LossAndGrads, flat
+from mlp_backprop.types import Array, Layer, Layers, LossAndGrads, flat
 
 TIERS: tuple[Any, ...] = (tiny, warp_tiles, cuda_layers)
 
@@ -96,12 +96,7 @@ class Runs:
         self.runs: dict[tuple[int, int], TierRun] = {}
 
     def __call__(
-        self,
-        params: list[Layer],
-        X: Array,
-        y: Array,
-        weight: Array | None,
-        out: list[Layer] | None = None,
+        self, params: Layers, X: Array, y: Array, weight: Array | None, out: Layers | None = None
     ) -> LossAndGrads:
         """Loss and gradients; short of memory, over half as many rows at a time."""
         arguments = Arguments(params, X, y, weight, self.mean, out)
@@ -114,12 +109,7 @@ class Runs:
             return LossAndGrads(loss, backprop.written(grads, out))
 
     def bound(
-        self,
-        params: list[Layer],
-        X: Array,
-        y: Array,
-        weight: Array | None,
-        constant_X: bool = False,
+        self, params: Layers, X: Array, y: Array, weight: Array | None, constant_X: bool = False
     ) -> Callable[[], LossAndGrads]:
         """The pass over these arrays, whatever they hold when it is called.
 
@@ -230,7 +220,7 @@ def _here() -> tuple[int, int]:
     return cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr
 
 
-def _flat(params: list[Layer], X: Array, y: Array, weight: Array | None) -> list[Array]:
+def _flat(params: Layers, X: Array, y: Array, weight: Array | None) -> list[Array]:
     return [X, y, *flat(params)] if weight is None else [X, y, weight, *flat(params)]
 
 

@@ -9,13 +9,13 @@ from typing import NamedTuple
 from mlp_backprop.engines.cuda import cublaslt
 from mlp_backprop.engines.cuda.arrays import Arguments
 from mlp_backprop.engines.cuda.layer_shapes import ITEM_BYTES, Arithmetic, Shapes
-from mlp_backprop.types import Array, Layer, flat
+from mlp_backprop.types import Array, Layer, Layers, flat
 
 
 class Inputs(NamedTuple):
     """The arguments of a run as kernels and products take them: aligned, y under its own kind."""
 
-    params: list[Layer]
+    params: Layers
     X: Array
     targets: Array | None
     labels: Array | None
@@ -58,7 +58,7 @@ def _summing_to_one(weight: Array, dtype: str) -> Array:
 class LayerResults:
     """Loss and gradients, views of one new array; of `out`, if it is given, the dE/dW_l."""
 
-    def __init__(self, s: Shapes, real: str, out: list[Layer] | None) -> None:
+    def __init__(self, s: Shapes, real: str, out: Layers | None) -> None:
         import cupy
 
         self.array = cupy.empty(s.n_results if out is None else s.loss_offset + 1, real)
@@ -77,7 +77,7 @@ class LayerResults:
         self.grads = list(map(Layer, W, b))
 
 
-def takes_products(out: list[Layer], inputs: Inputs) -> bool:
+def takes_products(out: Layers, inputs: Inputs) -> bool:
     """Whether dE/dW_l can be written to `out` while all that the pass reads is still needed."""
     read = [_span(array) for array in inputs.arrays()]
     return all(

@@ -1,6 +1,6 @@
 // The net and its samples, as the kernels of warp_tiles.cu know them at compile time:
 //
-//     SIZES, ACTIVATIONS    d_0, ..., d_L; L ids of formulas.cuh
+//     SIZES, ACTIVATIONS    those of layers.cuh
 //     LOSS                  an id of formulas.cuh
 //     TARGET                type of y: float, (n, d_L); or of labels, int or long long, (n,)
 //
@@ -8,37 +8,12 @@
 
 #pragma once
 
-#include "formulas.cuh"
+#include "layers.cuh"
 
-constexpr int sizes[] = {SIZES}, activations[] = {ACTIVATIONS};
-constexpr int L = sizeof(activations) / sizeof(int);
-
-template <int l>
-using Activated = Activation<activations[l - 1], float>;
-
-// Where W_l begins.
-DEVICE constexpr int place(int l) {
-  int sum = 0;
-  for (int k = 1; k < l; ++k) sum += sizes[k] * (sizes[k - 1] + 1);
-  return sum;
-}
-constexpr int N_PARAMS = place(L + 1), N_SUMS = N_PARAMS + 2;
+constexpr int N_SUMS = N_PARAMS + 2;
 
 // d_l in whole 16 x 16 tiles. The padding is zero throughout.
 DEVICE constexpr int width(int l) { return (sizes[l] + 15) / 16 * 16; }
-
-struct Pointers {
-  struct {
-    const float *W, *b;
-  } layers[L];
-};
-
-struct Results {
-  struct {
-    float *W, *b;
-  } layers[L];
-  float* loss;
-};
 
 struct Samples {
   const float* X;

@@ -18,27 +18,18 @@
 // Sums are laid out as the parameters are, W_1, b_1, W_2, ...; then the loss, then the weights. For a
 // mean they are divided by the sum of the weights, or by n, where they are written at last.
 
-#include "formulas.cuh"
+#include "layers.cuh"
 
-constexpr int sizes[] = {SIZES};
-constexpr int activations[] = {ACTIVATIONS};
-constexpr int L = sizeof(activations) / sizeof(int);
 constexpr int N_INPUTS = sizes[0], N_OUTPUTS = sizes[L];
-
-DEVICE constexpr int place_of_layer(int l) {
-  int place = 0;
-  for (int k = 1; k < l; ++k) place += sizes[k] * (sizes[k - 1] + 1);
-  return place;
-}
 
 template <int l>
 struct Layer {
   static constexpr int n_in = sizes[l - 1], n_out = sizes[l];
-  static constexpr int W = place_of_layer(l), b = W + n_out * n_in;
-  using F = Activation<activations[l - 1], float>;
+  static constexpr int W = place(l), b = W + n_out * n_in;
+  using F = Activated<l>;
 };
 
-constexpr int N_PARAMS = place_of_layer(L + 1), N_SUMS = N_PARAMS + 1 + WEIGHTED;
+constexpr int N_SUMS = N_PARAMS + 1 + WEIGHTED;
 constexpr int LOSS_SUM = N_PARAMS, WEIGHT_SUM = N_PARAMS + 1;
 
 constexpr bool LABELS = (TARGET)0.5f == 0;  // an integer
@@ -54,19 +45,6 @@ static_assert(GROUPS > 0, "more sums than a block has threads for");
 
 using Params = float[N_PARAMS];
 using Sums = float[PADDED];
-
-struct Pointers {
-  struct {
-    const float *W, *b;
-  } layers[L];
-};
-
-struct Results {
-  struct {
-    float *W, *b;
-  } layers[L];
-  float* loss;
-};
 
 struct alignas(16) Shared {
   float params[N_PARAMS];

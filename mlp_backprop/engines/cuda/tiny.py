@@ -18,9 +18,9 @@ from mlp_backprop.backprop import Spec
 from mlp_backprop.engines.cuda import build
 from mlp_backprop.engines.cuda.arrays import (
     NULL,
-    TARGETS,
     Arguments,
     Results,
+    constants_of,
     pointers_to,
     readable_inputs,
     vector_bytes,
@@ -96,11 +96,7 @@ def specialise(
     placed = placed or placement(spec)
     if placed is None:
         return None
-    constants = {
-        "SIZES": ",".join(map(str, spec.sizes)),
-        "ACTIVATIONS": ",".join(row.name.upper() for row in spec.activations),
-        "LOSS": spec.loss.name.upper(),
-        "TARGET": TARGETS[np.dtype(target)],
+    constants = constants_of(spec, target) | {
         "WEIGHTED": int(weighted),
         "PARAMS_IN_REGISTERS": int(placed.in_registers),
         "BLOCK": BLOCK,

@@ -27,9 +27,9 @@ import numpy as np
 from mlp_backprop.backprop import Spec
 from mlp_backprop.engines.cuda import build
 from mlp_backprop.engines.cuda.arrays import (
-    TARGETS,
     Arguments,
     Results,
+    constants_of,
     pointers_to,
     readable_inputs,
     vector_bytes,
@@ -180,11 +180,7 @@ def specialisation(
     geometry = choose(spec, operands.PARTS, limits)
     if geometry is None:
         return None
-    constants = {
-        "SIZES": ",".join(map(str, spec.sizes)),
-        "ACTIVATIONS": ",".join(row.name.upper() for row in spec.activations),
-        "LOSS": spec.loss.name.upper(),
-        "TARGET": TARGETS[np.dtype(target)],
+    constants = constants_of(spec, target) | {
         "SHARED_BYTES": shared_bytes(spec, operands.PARTS, geometry),
         **operands._asdict(),
         **geometry._asdict(),

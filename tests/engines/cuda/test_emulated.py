@@ -8,10 +8,10 @@ import emulation
 import host_device
 import numpy as np
 import pytest
-from oracles import assert_close, assert_grads_close, make_problem
+from derivation import by_derivation, checked
+from oracles import assert_result_close, make_problem
 
-from mlp_backprop import backprop
-from mlp_backprop.edge import rules, validation
+from mlp_backprop.edge import rules
 from mlp_backprop.engines.cuda import build, engine, warp_tiles
 from mlp_backprop.types import Layer, flat
 
@@ -58,8 +58,7 @@ def host(monkeypatch):
 
 def placed(host, problem, precision):
     """The pass for a problem, and its arguments."""
-    options = problem.options | {"reduction": "mean", "backend": None}
-    spec, params, *data = validation.problem(problem.params, problem.X, problem.y, **options)
+    spec, params, *data = checked(problem, "mean")
     params = [Layer(host.array(W), host.array(b)) for W, b in params]
     X, y, weight = (None if A is None else host.array(A) for A in data)
     return engine.prepare(spec, len(X), precision), (params, X, y, weight)
@@ -79,15 +78,7 @@ CASES = [
 
 def mean(problem):
     """By the derivation, in float64."""
-    exact = problem.astype(np.float64)
-    options = exact.options | {"reduction": "mean", "backend": None}
-    spec, *arrays = validation.problem(exact.params, exact.X, exact.y, **options)
-    return backprop.reduced(spec, backprop.loss_and_grad_sums(spec, *arrays))
-
-
-def assert_results_close(got, expected, tolerance):
-    assert_close(got[0], expected[0], tolerance)
-    assert_grads_close(got[1], expected[1], tolerance)
+    return by_derivation(problem.astype(np.float64), "mean")
 
 
 @pytest.mark.parametrize(("sizes", "precision", "kernel", "tolerance"), CASES)
@@ -97,7 +88,7 @@ def test_the_engine_on_emulated_kernels(host, sizes, precision, kernel, toleranc
     run, arguments = placed(host, problem, precision)
     loss, grads = run(*arguments)
     assert kernel in host.launches
-    assert_results_close((loss, grads), mean(problem), tolerance)
+    assert_result_close((loss, grads), mean(problem), tolerance)
     assert all(A.dtype == np.float32 for A in [loss, *flat(grads)])
     host.check_guards()
 
@@ -110,8 +101,8 @@ def test_copies_of_parameters_are_there_when_kernels_run(host, sizes, precision,
     first = Layer(host.array(first.W.T).T, host.array(first.b, shift=1))
     above = [Layer(host.array(W, shift=1), b) for W, b in above]
     arguments = [first, *above], *rest
-    assert_results_close(run(*arguments), mean(problem), tolerance)
-    assert_results_close(run.bound(*arguments)(), mean(problem), tolerance)
+    assert_result_close(run(*arguments), mean(problem), tolerance)
+    assert_result_close(run.bound(*arguments)(), mean(problem), tolerance)
 
 
 @pytest.mark.parametrize("precision", rules.PRECISIONS)
@@ -120,7 +111,7 @@ def test_a_card_before_ampere(host, sizes, kernel, precision):
     host.facts["compute_capability"] = "75"
     problem = make_problem(sizes, 37, dtype=np.float32)
     run, arguments = placed(host, problem, precision)
-    assert_results_close(run(*arguments), mean(problem), 2e-5)
+    assert_result_close(run(*arguments), mean(problem), 2e-5)
     assert kernel in host.launches
     assert not {*warp_tiles.KERNELS} & {*host.launches}
     assert {row["compute"] for row in host.lt.heuristics} <= {69}
@@ -135,7 +126,7 @@ def test_a_bound_call_on_emulated_kernels(host, sizes, precision, kernel, tolera
     for factor in (1, 2, 3):
         now = problem._replace(X=np.float32(factor) * problem.X)
         arguments[1][...] = now.X
-        assert_results_close(call(), mean(now), tolerance)
+        assert_result_close(call(), mean(now), tolerance)
     host.check_guards()
     # The weights of a wide net's mean are divided anew: such a call is recorded at its second time.
     assert host.n_graph_launches == (2 if weighted and kernel == "activate" else 3)

@@ -9,11 +9,12 @@ import weakref
 import cupy_api
 import numpy as np
 import pytest
+from derivation import by_derivation, checked
 from oracles import assert_grads_close, make_problem
 
 from mlp_backprop import backprop
 from mlp_backprop.activations import ACTIVATIONS
-from mlp_backprop.edge import rules, validation
+from mlp_backprop.edge import rules
 from mlp_backprop.engines.cuda import engine
 from mlp_backprop.engines.cuda.arrays import Arguments
 from mlp_backprop.losses import LOSSES
@@ -117,8 +118,7 @@ def card(monkeypatch):
 
 def placed(card, problem, device_id=0, reduction="sum"):
     """The arguments of a run, on the card."""
-    options = problem.options | {"reduction": reduction, "backend": None}
-    spec, params, *data = validation.problem(problem.params, problem.X, problem.y, **options)
+    spec, params, *data = checked(problem, reduction)
     params = [Layer(card.array(W, device_id), card.array(b, device_id)) for W, b in params]
     X, y, weight = (None if A is None else card.array(A, device_id) for A in data)
     return spec, (params, X, y, weight)
@@ -159,14 +159,8 @@ PROBLEM = make_problem(sizes=(3, 4, 2), n=7, weighted=True)
 FLOAT32 = make_problem(sizes=(3, 4, 2), n=8, weighted=True, dtype=np.float32)
 
 
-def run_derivation(problem, reduction):
-    options = problem.options | {"reduction": reduction, "backend": None}
-    spec, *arrays = validation.problem(problem.params, problem.X, problem.y, **options)
-    return backprop.reduced(spec, backprop.loss_and_grad_sums(spec, *arrays))
-
-
 def assert_right(results, problem=PROBLEM, reduction="sum"):
-    loss, grads = run_derivation(problem, reduction)
+    loss, grads = by_derivation(problem, reduction)
     assert results[0] == pytest.approx(loss, rel=1e-13)
     assert_grads_close(results[1], grads, 1e-13)
 
@@ -196,8 +190,7 @@ def test_what_no_tier_covers_runs_the_derivation(card, monkeypatch):
 @pytest.mark.parametrize("n", [0, 1, 3, 100])
 def test_the_derivation_takes_so_many_rows_at_a_time(n, weighted):
     problem = make_problem(sizes=(3, 4, 2), n=7, weighted=weighted)
-    options = problem.options | {"reduction": "sum", "backend": None}
-    spec, *arrays = validation.problem(problem.params, problem.X, problem.y, **options)
+    spec, *arrays = checked(problem)
     run = engine.derivation(spec, n)
     assert_right(run(Arguments(*arrays, False, None)), problem)
     assert_right(run(Arguments(*arrays, True, None)), problem, "mean")
@@ -205,8 +198,7 @@ def test_the_derivation_takes_so_many_rows_at_a_time(n, weighted):
 
 def test_the_derivation_of_no_rows():
     problem = make_problem(sizes=(3, 4, 2), n=0)
-    options = problem.options | {"reduction": "sum", "backend": None}
-    spec, *arrays = validation.problem(problem.params, problem.X, problem.y, **options)
+    spec, *arrays = checked(problem)
     loss, grads = engine.derivation(spec, 0)(Arguments(*arrays, False, None))
     assert not any(A.any() for A in (loss, *flat(grads)))
 
@@ -217,8 +209,7 @@ def test_the_derivation_of_no_rows():
 )
 def test_the_derivation_marks_labels_out_of_range(dtype, outside):
     problem = make_problem(sizes=(3, 200), n=5, loss="softmax_cross_entropy")
-    options = problem.options | {"reduction": "sum", "backend": None}
-    spec, params, X, y, _ = validation.problem(problem.params, problem.X, problem.y, **options)
+    spec, params, X, y, _ = checked(problem)
     run = engine.derivation(spec, 5)
     y = (y % 100).astype(dtype)
 
@@ -466,7 +457,7 @@ def assert_follows_the_arrays(arrays, call):
         (W, b), last = FLOAT32.params
         problem = FLOAT32._replace(X=factor * FLOAT32.X, params=[(factor * W, b), last])
         loss, grads = call()
-        expected = run_derivation(problem.astype(np.float64), "mean")
+        expected = by_derivation(problem.astype(np.float64), "mean")
         assert loss == pytest.approx(expected[0], rel=1e-5)
         assert_grads_close(grads, expected[1], 1e-5)
     assert all(A is B for A, B in zip(flat(grads), flat(call()[1]), strict=True))

@@ -6,12 +6,11 @@ from itertools import pairwise, product
 import emulation
 import numpy as np
 import pytest
+from derivation import by_derivation, specification
 from host_device import HostDevice
 from oracles import Problem, assert_close, assert_grads_close, make_problem
 
-from mlp_backprop import backprop
 from mlp_backprop.activations import ACTIVATIONS
-from mlp_backprop.backprop import Spec
 from mlp_backprop.engines.cuda import cublaslt, layer_shapes
 from mlp_backprop.engines.cuda import layers as cuda_layers
 from mlp_backprop.engines.cuda.arrays import Arguments
@@ -29,19 +28,9 @@ PRECISIONS = {
 }
 
 
-def spec_of(problem, dtype=np.float32):
-    sizes = (problem.X.shape[1], *(len(b) for _, b in problem.params))
-    rows = tuple(ACTIVATIONS[name] for name in problem.names)
-    return Spec(np, sizes, np.dtype(dtype), rows, LOSSES[problem.options["loss"]])
-
-
 def derivation(problem, mean=False):
     """Loss and gradients in float64."""
-    exact = problem.astype(np.float64)
-    params = [Layer(*layer) for layer in exact.params]
-    spec, weight = spec_of(exact, np.float64), exact.options["sample_weight"]
-    sums = backprop.loss_and_grad_sums(spec, params, exact.X, exact.y, weight)
-    return backprop.reduced(spec._replace(reduction="mean" if mean else "sum"), sums)
+    return by_derivation(problem.astype(np.float64), "mean" if mean else "sum")
 
 
 # Shapes ------------------------------------------------------------------------------------------
@@ -49,7 +38,7 @@ def derivation(problem, mean=False):
 
 def plan_shapes(sizes, precision="float32", activation="softplus", dtype=np.float32):
     problem = make_problem(sizes, n=1, activation=activation)
-    spec = spec_of(problem, dtype)
+    spec = specification(problem, dtype)
     types = layer_shapes.arithmetic(spec, precision)
     return layer_shapes.shapes(spec, types), types
 
@@ -87,7 +76,7 @@ def test_parts_of_the_loss():
     """One for each block of LANES columns; softmax cross entropy has whole rows in a block."""
     for width, parts in [(1, 1), (LANES, 1), (LANES + 1, 2), (70, 3)]:
         for loss, expected in [("huber", parts), ("softmax_cross_entropy", 1)]:
-            spec = spec_of(make_problem((5, 3, width), n=1, loss=loss))
+            spec = specification(make_problem((5, 3, width), n=1, loss=loss))
             types = layer_shapes.arithmetic(spec, "float32")
             s = layer_shapes.shapes(spec, types)
             assert (s.loss_offset, s.loss_blocks) == (3 + width, expected)
@@ -115,13 +104,13 @@ def test_chunks():
 
 
 def test_what_is_not_covered():
-    spec = spec_of(make_problem(), np.float16)
+    spec = specification(make_problem(), np.float16)
     assert cuda_layers.specialise(spec, "float32") is None
     assert cuda_layers.prepare(spec, 10, "float32") is None
 
 
 def test_specialisations():
-    spec = spec_of(make_problem(activation=["relu", "tanh", "identity"], loss="huber"))
+    spec = specification(make_problem(activation=["relu", "tanh", "identity"], loss="huber"))
     ids = [dict(s.defines)["ACTIVATION"] for s in cuda_layers.specialise(spec, "tf32")]
     assert ids == ["RELU", "TANH", "IDENTITY"]
     (first, *_) = cuda_layers.specialise(spec, "bfloat16")
@@ -192,7 +181,7 @@ EVERY_PASS = [
 def test_a_pass(device, precision, loss, mean):
     dtype, tolerance = PRECISIONS[precision]
     problem = net(7, loss=loss, dtype=dtype, weighted=True)
-    run = cuda_layers.prepare(spec_of(problem, dtype), 7, precision)
+    run = cuda_layers.prepare(specification(problem, dtype), 7, precision)
     result = run(Arguments(*arguments(device, problem), mean, None))
     assert all(A.dtype == dtype for A in [result[0], *flat(result[1])])
     assert_right(result, problem, tolerance, mean)
@@ -204,14 +193,14 @@ def test_a_pass_with_every_activation(device, activation):
     names = [activation, "sigmoid", activation]
     for sizes in (SIZES, (2, 1, 3, 1)):
         problem = make_problem(sizes, 9, activation=names, dtype=np.float64)
-        run = cuda_layers.prepare(spec_of(problem, np.float64), 9, "float32")
+        run = cuda_layers.prepare(specification(problem, np.float64), 9, "float32")
         assert_right(run(Arguments(*arguments(device, problem), False, None)), problem, 1e-13)
 
 
 def test_an_activation_at_the_output(device):
     problem = net(9, dtype=np.float64)
     problem.options["activation"] = [HIDDEN["squared_error"]] * 3
-    run = cuda_layers.prepare(spec_of(problem, np.float64), 9, "float32")
+    run = cuda_layers.prepare(specification(problem, np.float64), 9, "float32")
     assert_right(run(Arguments(*arguments(device, problem), False, None)), problem, 1e-13)
 
 
@@ -232,7 +221,7 @@ def test_wide_outputs(device, loss, class_rows):
     """Three slabs, and three blocks of columns; a mean without weights over two chunks."""
     sizes, n = (3, 2, 70), CHUNK + 9
     problem = net(n, loss=loss, sizes=sizes, dtype=np.float64, class_rows=class_rows)
-    run = cuda_layers.prepare(spec_of(problem, np.float64), n, "float32")
+    run = cuda_layers.prepare(specification(problem, np.float64), n, "float32")
     assert_right(run(Arguments(*arguments(device, problem), True, None)), problem, 1e-13, mean=True)
 
 
@@ -242,7 +231,7 @@ def test_wide_outputs(device, loss, class_rows):
 def test_chunks_add_up(device, precision, weighted, mean):
     dtype, tolerance = PRECISIONS[precision]
     problem = net(2 * CHUNK + SLAB + 7, sizes=(3, 4, 2), dtype=dtype, weighted=weighted)
-    run = cuda_layers.prepare(spec_of(problem, dtype), len(problem.X), precision)
+    run = cuda_layers.prepare(specification(problem, dtype), len(problem.X), precision)
     assert run.rows == CHUNK
     assert_right(run(Arguments(*arguments(device, problem), mean, None)), problem, tolerance, mean)
     assert device.launches.count("output") == 3
@@ -255,7 +244,7 @@ def test_fewer_rows_than_planned(device, n):
     for seed in (1, 1, 0):
         weighted = {"weighted": seed == 1, "seed": seed}
         problem = net(n, sizes=(3, 4, 2), dtype=np.float64, **weighted)
-        run = run or cuda_layers.prepare(spec_of(problem, np.float64), 2 * CHUNK, "float32")
+        run = run or cuda_layers.prepare(specification(problem, np.float64), 2 * CHUNK, "float32")
         for mean in {False, n > 1}:  # the second weight is 0
             assert_right(
                 run(Arguments(*arguments(device, problem), mean, None)), problem, 1e-13, mean
@@ -264,7 +253,7 @@ def test_fewer_rows_than_planned(device, n):
 
 def test_one_layer(device):
     problem = net(5, sizes=(3, 2), dtype=np.float64)
-    run = cuda_layers.prepare(spec_of(problem, np.float64), 5, "float32")
+    run = cuda_layers.prepare(specification(problem, np.float64), 5, "float32")
     assert_right(run(Arguments(*arguments(device, problem), False, None)), problem, 1e-13)
 
 
@@ -273,7 +262,7 @@ def test_a_pass_repeats_to_the_last_bit(device, precision):
     problem = net(CHUNK + 5, weighted=True)
     results = []
     for planned in (2 * CHUNK, 2 * CHUNK, 4 * CHUNK):
-        run = cuda_layers.prepare(spec_of(problem), planned, precision)
+        run = cuda_layers.prepare(specification(problem), planned, precision)
         results.append(bits_of(run(Arguments(*arguments(device, problem), True, None))))
     assert results[0] == results[1] == results[2]
 
@@ -289,7 +278,7 @@ def test_inputs_as_they_come(device, change):
     if change == "labels":
         y = device.array(problem.y.astype(np.int16))
     before = X.tobytes(), y.tobytes(), weight.tobytes()
-    run = cuda_layers.prepare(spec_of(problem), 9, "float32")
+    run = cuda_layers.prepare(specification(problem), 9, "float32")
     for mean in (False, True):
         assert_right(run(Arguments(params, X, y, weight, mean, None)), problem, 1e-5, mean)
     assert (X.tobytes(), y.tobytes(), weight.tobytes()) == before
@@ -299,14 +288,14 @@ def test_the_sum_of_weights_may_leave_float32(device):
     """It is formed in float64."""
     problem = net(9, weighted=True)
     problem.options["sample_weight"] *= np.float32(1e38)
-    run = cuda_layers.prepare(spec_of(problem), 9, "float32")
+    run = cuda_layers.prepare(specification(problem), 9, "float32")
     assert_right(run(Arguments(*arguments(device, problem), True, None)), problem, 1e-5, mean=True)
 
 
 def test_nan_in_a_row_reaches_the_loss(device):
     problem = net(4, loss="poisson")  # so hidden layers have relu
     problem.X[2, 1] = np.nan
-    run = cuda_layers.prepare(spec_of(problem), 4, "float32")
+    run = cuda_layers.prepare(specification(problem), 4, "float32")
     loss, grads = run(Arguments(*arguments(device, problem), False, None))
     assert np.isnan(loss)
     assert np.isnan(grads[0].W).any()
@@ -318,7 +307,7 @@ def test_nan_in_a_row_reaches_the_loss(device):
 def test_results_are_the_callers(device):
     """Those of one call are not touched by the next, whether it is launched or a graph."""
     problem, other = (net(9, weighted=True, seed=seed) for seed in (0, 1))
-    run = cuda_layers.prepare(spec_of(problem), 9, "float32")
+    run = cuda_layers.prepare(specification(problem), 9, "float32")
     args, kept = arguments(device, problem), []
     for _ in range(4):
         result = run(Arguments(*args, True, None))
@@ -343,7 +332,7 @@ def test_out_is_written(device, n, shift):
     """Products go there at once if the matrices are aligned."""
     problem = net(n, dtype=np.float64, weighted=n > 0)
     out = out_like(device, problem, shift)
-    run = cuda_layers.prepare(spec_of(problem, np.float64), n, "float32")
+    run = cuda_layers.prepare(specification(problem, np.float64), n, "float32")
     args = arguments(device, problem)
     for _ in range(3):
         loss, grads = run(Arguments(*args, n > 0, out))
@@ -359,7 +348,7 @@ def test_out_is_written(device, n, shift):
 
 def test_gradients_without_out_need_one_array(device):
     problem = net(9)
-    run = cuda_layers.prepare(spec_of(problem), 9, "float32")
+    run = cuda_layers.prepare(specification(problem), 9, "float32")
     live = len(device.live)
     args = arguments(device, problem)
     held = len(device.live)
@@ -377,7 +366,7 @@ def test_out_may_be_what_is_read(device, precision, what, mean):
     """Every array is read to the end before a gradient is written over it; over chunks, too."""
     dtype, tolerance = PRECISIONS[precision]
     problem = net(CHUNK + 9, dtype=dtype, weighted=True)
-    run = cuda_layers.prepare(spec_of(problem, dtype), CHUNK + 9, precision)
+    run = cuda_layers.prepare(specification(problem, dtype), CHUNK + 9, precision)
     for _ in range(3):
         args = params, X, y, weight = arguments(device, problem)
         out = out_like(device, problem)
@@ -410,7 +399,7 @@ def test_the_same_addresses_become_a_graph(device, weighted, precision, to_out, 
     """Launched, recorded, then replayed, with other numbers each time."""
     tolerance = PRECISIONS[precision][1]
     first = net(CHUNK + 9, weighted=weighted)
-    run = cuda_layers.prepare(spec_of(first), CHUNK + 9, precision)
+    run = cuda_layers.prepare(specification(first), CHUNK + 9, precision)
     args = arguments(device, first)
     out = out_like(device, first) if to_out else None
     launched = []
@@ -432,7 +421,7 @@ def test_the_same_addresses_become_a_graph(device, weighted, precision, to_out, 
 def test_a_bound_pass_reads_what_the_arrays_hold_by_then(device, precision, weighted, mean):
     first = net(CHUNK + 9, weighted=weighted)
     args = arguments(device, first)
-    run = cuda_layers.prepare(spec_of(first), CHUNK + 9, precision)
+    run = cuda_layers.prepare(specification(first), CHUNK + 9, precision)
     run(Arguments(*args, mean, None))
     launch = run.bound(Arguments(*args, mean, None))
     for seed in range(4):
@@ -449,7 +438,7 @@ def test_a_constant_X_is_converted_once(device):
     n = CHUNK + 9
     problem = net(n)
     args = arguments(device, problem)
-    run = cuda_layers.prepare(spec_of(problem), n, "bfloat16")
+    run = cuda_layers.prepare(specification(problem), n, "bfloat16")
     bits = bits_of(run(Arguments(*args, True, None)))
     n_converted = device.launches.count("to_stored")
     launch = run.bound(Arguments(*args, True, None, constant_X=True))
@@ -463,7 +452,7 @@ def test_a_constant_X_is_converted_once(device):
 
 def test_what_is_read_as_it_lies_is_not_kept(device):
     args = arguments(device, net(9))
-    run = cuda_layers.prepare(spec_of(net(9)), 9, "float32")
+    run = cuda_layers.prepare(specification(net(9)), 9, "float32")
     run(Arguments(*args, True, None))
     live = len(device.live)
     launch = run.bound(Arguments(*args, True, None, constant_X=True))
@@ -480,14 +469,14 @@ def test_what_is_converted_at_every_call_cannot_be_bound(device, what):
     params, X, y, weight = arguments(device, problem, shift=1 if what == "shifted" else 0)
     if what == "labels":
         y = device.array(problem.y.astype(np.int32))
-    run = cuda_layers.prepare(spec_of(problem), 9, "float32")
+    run = cuda_layers.prepare(specification(problem), 9, "float32")
     assert run.bound(Arguments(params, X, y, weight, what == "weights", None)) is None
 
 
 def test_graphs_of_results_that_take_turns(device):
     """As in a loop whose last results live until there are new ones."""
     problem = net(9, weighted=True)
-    run, result = cuda_layers.prepare(spec_of(problem), 9, "float32"), None
+    run, result = cuda_layers.prepare(specification(problem), 9, "float32"), None
     args = arguments(device, problem)
     for seed in range(7):
         problem = net(9, weighted=True, seed=seed)
@@ -504,7 +493,7 @@ def test_graphs_of_results_that_take_turns(device):
 def test_other_addresses_are_launched(device):
     """Each array in turn, with other numbers elsewhere."""
     problem, other = (net(9, weighted=True, seed=seed) for seed in (0, 1))
-    run = cuda_layers.prepare(spec_of(problem), 9, "float32")
+    run = cuda_layers.prepare(specification(problem), 9, "float32")
 
     def in_one_list(problem):
         weight = problem.options["sample_weight"]
@@ -530,7 +519,7 @@ def test_other_addresses_are_launched(device):
 def test_other_kinds_of_calls_are_launched(device):
     """Fewer rows, a mean, no weights, rows of targets in place of labels: at the same addresses."""
     problem = net(9, loss="softmax_cross_entropy", weighted=True)
-    run = cuda_layers.prepare(spec_of(problem), 9, "float32")
+    run = cuda_layers.prepare(specification(problem), 9, "float32")
     params, X, y, weight = arguments(device, problem)
     options, rows = problem.options, np.eye(3, dtype=np.float32)[problem.y] * 2
     unweighted = problem._replace(options=options | {"sample_weight": None})
@@ -557,7 +546,7 @@ def test_other_kinds_of_calls_are_launched(device):
 def test_few_graphs_are_kept(device):
     """The last ones; one that was dropped is launched again."""
     problem = net(5, sizes=(3, 2))
-    run = cuda_layers.prepare(spec_of(problem), 5, "float32")
+    run = cuda_layers.prepare(specification(problem), 5, "float32")
     places = [arguments(device, problem) for _ in range(cuda_layers.MOST_GRAPHS + 1)]
     for args in places[:-1]:
         for _ in range(2):
@@ -578,7 +567,7 @@ def test_few_graphs_are_kept(device):
 def test_copies_of_arguments_stay_while_a_graph_reads_them(device):
     """They are of memory that comes back, so that such calls become graphs, too."""
     problem = net(9, loss="softmax_cross_entropy", weighted=True)
-    run = cuda_layers.prepare(spec_of(problem), 9, "float32")
+    run = cuda_layers.prepare(specification(problem), 9, "float32")
     params, X, y, weight = arguments(device, problem, shift=1)
     y = device.array(problem.y.astype(np.int16))
     for seed in range(4):
@@ -591,7 +580,7 @@ def test_copies_of_arguments_stay_while_a_graph_reads_them(device):
 
 def test_a_recording_that_fails_is_ended(device, monkeypatch):
     problem = net(9)
-    run = cuda_layers.prepare(spec_of(problem), 9, "float32")
+    run = cuda_layers.prepare(specification(problem), 9, "float32")
     args = arguments(device, problem)
     run(Arguments(*args, False, None))
     device.lt.statuses["cublasLtMatmul"] = 13
@@ -608,7 +597,7 @@ def test_a_recording_that_fails_is_ended(device, monkeypatch):
 
 def test_a_call_that_fails_is_not_noted(device):
     problem = net(9)
-    run = cuda_layers.prepare(spec_of(problem), 9, "float32")
+    run = cuda_layers.prepare(specification(problem), 9, "float32")
     device.lt.statuses["cublasLtMatmul"] = 13
     with pytest.raises(RuntimeError, match="STATUS_13"):
         run(Arguments(*arguments(device, problem), False, None))
@@ -617,7 +606,7 @@ def test_a_call_that_fails_is_not_noted(device):
 
 def test_a_dropped_plan_is_freed_at_once(device):
     problem = net(9)
-    run = cuda_layers.prepare(spec_of(problem), 9, "float32")
+    run = cuda_layers.prepare(specification(problem), 9, "float32")
     args = arguments(device, problem)
     for _ in range(3):
         run(Arguments(*args, True, None))
@@ -629,11 +618,11 @@ def test_a_dropped_plan_is_freed_at_once(device):
 
 def test_products_are_planned_once_per_shape(device):
     problem = net(CHUNK + SLAB + 7, sizes=(3, 4, 2), dtype=np.float64)
-    run = cuda_layers.prepare(spec_of(problem, np.float64), CHUNK + SLAB + 7, "float32")
+    run = cuda_layers.prepare(specification(problem, np.float64), CHUNK + SLAB + 7, "float32")
     run(Arguments(*arguments(device, problem), False, None))
     planned = len(device.lt.heuristics)
     assert planned == 2 * (2 + 2 + 1)  # two lengths: forward, gradients, and one down
-    again = cuda_layers.prepare(spec_of(problem, np.float64), CHUNK + SLAB + 7, "float32")
+    again = cuda_layers.prepare(specification(problem, np.float64), CHUNK + SLAB + 7, "float32")
     again(Arguments(*arguments(device, problem), False, None))
     assert len(device.lt.heuristics) == planned
 
@@ -641,7 +630,7 @@ def test_products_are_planned_once_per_shape(device):
 def test_without_an_algorithm_the_net_is_not_covered(device):
     device.lt.unsupported = lambda question: True
     problem = net(5)
-    assert cuda_layers.prepare(spec_of(problem), 5, "float32") is None
+    assert cuda_layers.prepare(specification(problem), 5, "float32") is None
 
 
 def test_a_mutant_of_the_mapping_is_caught(device, monkeypatch):
@@ -651,7 +640,7 @@ def test_a_mutant_of_the_mapping_is_caught(device, monkeypatch):
         cublaslt.Product, "__call__", lambda self, A, B, C, **kw: multiply(self, B, A, C, **kw)
     )
     problem = net(9, dtype=np.float64)
-    run = cuda_layers.prepare(spec_of(problem, np.float64), 9, "float32")
+    run = cuda_layers.prepare(specification(problem, np.float64), 9, "float32")
     with pytest.raises((AssertionError, RuntimeError)):
         assert_right(run(Arguments(*arguments(device, problem), False, None)), problem, 1e-13)
     device.lt.errors.clear()
@@ -681,7 +670,7 @@ def test_passes_on_a_device(cupy, monkeypatch, precision, sizes, activation):
     placed = problem.map(cupy.asarray)
     params = [Layer(*layer) for layer in placed.params]
     args = (params, placed.X, placed.y, placed.options["sample_weight"])
-    spec = spec_of(problem, dtype)._replace(xp=cupy)
+    spec = specification(problem, dtype)._replace(xp=cupy)
     out = [Layer(cupy.empty_like(W), cupy.empty_like(b)) for W, b in params]
     for most_rows, mean, to in (
         (layer_shapes.MOST_ROWS, False, None),
@@ -708,7 +697,7 @@ def test_a_graph_reads_what_is_there_on_a_device(cupy, weighted):
     placed = first.map(cupy.asarray)
     args = ([Layer(*layer) for layer in placed.params], placed.X, placed.y)
     weight = placed.options["sample_weight"]
-    run = cuda_layers.prepare(spec_of(first)._replace(xp=cupy), 300, "float32")
+    run = cuda_layers.prepare(specification(first)._replace(xp=cupy), 300, "float32")
     kept = []
     for seed in range(5):
         problem = make_problem((40, 70, 3), 300, weighted=weighted, seed=seed, dtype=np.float32)
@@ -726,7 +715,7 @@ def test_nan_reaches_the_loss_on_a_device(cupy):
     problem = make_problem((64, 128, 10), 300, activation="relu", dtype=np.float32)
     problem.X[7, 3] = np.nan
     placed = problem.map(cupy.asarray)
-    run = cuda_layers.prepare(spec_of(problem)._replace(xp=cupy), 300, "tf32")
+    run = cuda_layers.prepare(specification(problem)._replace(xp=cupy), 300, "tf32")
     params = [Layer(*layer) for layer in placed.params]
     loss, _ = run(Arguments(params, placed.X, placed.y, None, True, None))
     assert np.isnan(loss.get())

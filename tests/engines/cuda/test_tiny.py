@@ -7,10 +7,10 @@ import cupy_api
 import emulation
 import numpy as np
 import pytest
+from derivation import by_derivation, specification
 from emulation import EmulationError, on_device
 from oracles import assert_close, assert_grads_close, make_problem
 
-from mlp_backprop import backprop
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.derivatives.gradients import LossAndGrads
 from mlp_backprop.engines.cuda import build, tiny
@@ -41,26 +41,10 @@ TOLERANCE = 2e-5
 def device(monkeypatch, tmp_path):
     """Stands for CuPy and a device; `fault` replaces a text of the kernel by another."""
     state = SimpleNamespace(multiprocessors=3, backward=False, fault=None, launches=[])
-    cupy = cupy_api.library(
-        {
-            "empty": lambda shape, dtype: on_device(np.full(shape, np.nan, dtype)),
-            "zeros": lambda shape, dtype: on_device(np.zeros(shape, dtype)),
-            "ndarray": emulation.view,
-            "cuda.Device": lambda: cupy_api.instance(
-                "cuda.Device",
-                attributes=cupy_api.attributes(MultiProcessorCount=state.multiprocessors),
-            ),
-        }
-    )
+    cupy = emulation.cupy_of(lambda: cupy_api.attributes(MultiProcessorCount=state.multiprocessors))
 
     def module(specialisation):
-        source = build.SOURCES / specialisation.source
-        if state.fault is not None:
-            text = source.read_text()
-            if state.fault[0] not in text:  # no AssertionError, which a fault is allowed to raise
-                raise LookupError(state.fault[0])
-            source = tmp_path / source.name
-            source.write_text(text.replace(*state.fault))
+        source = emulation.faulty(specialisation.source, state.fault, tmp_path)
         emulated = emulation.module(specialisation._replace(source=source))
 
         def get_function(name):
@@ -80,11 +64,6 @@ def device(monkeypatch, tmp_path):
 
 def sizes_of(problem):
     return (problem.X.shape[1], *(len(b) for _, b in problem.params))
-
-
-def specification(problem, dtype=np.float32):
-    rows = tuple(ACTIVATIONS[name] for name in problem.names)
-    return backprop.Spec(np, sizes_of(problem), dtype, rows, LOSSES[problem.options["loss"]])
 
 
 def problem_of(sizes, activation, loss, n, **options):
@@ -111,11 +90,7 @@ def run_on(run, problem, mean=False, out=None):
 
 
 def derivation(problem, dtype=np.float64, mean=False):
-    params, X, y, options = problem.astype(dtype)
-    layers = [Layer(W, b) for W, b in params]
-    spec = specification(problem, dtype)
-    sums = backprop.loss_and_grad_sums(spec, layers, X, y, options["sample_weight"])
-    return backprop.reduced(spec._replace(reduction="mean" if mean else "sum"), sums)
+    return by_derivation(problem.astype(dtype), "mean" if mean else "sum")
 
 
 def assert_results_close(got, expected):

@@ -11,6 +11,7 @@ import cupy_api
 import emulation
 import numpy as np
 import pytest
+from derivation import by_derivation, specification
 from emulation import EmulationError, on_device
 from oracles import assert_close, make_problem
 
@@ -82,27 +83,13 @@ def device(monkeypatch, tmp_path):
         )
 
     def module(specialisation):
-        source = build.SOURCES / specialisation.source
-        if state.fault is not None:
-            text = build.source_text(source.name)
-            if state.fault[0] not in text:  # no AssertionError, which a fault is allowed to raise
-                raise LookupError(state.fault[0])
-            source = tmp_path / source.name
-            source.write_text(text.replace(*state.fault))
+        source = emulation.faulty(specialisation.source, state.fault, tmp_path)
         emulated = emulation.module(specialisation._replace(source=source))
         return cupy_api.instance(
             "RawModule", get_function=lambda name: Kernel(emulated, name, state)
         )
 
-    cupy = cupy_api.library(
-        {
-            "empty": lambda shape, dtype: on_device(np.full(shape, np.nan, dtype)),
-            "zeros": lambda shape, dtype: on_device(np.zeros(shape, dtype)),
-            "ndarray": emulation.view,
-            "cuda.Device": lambda: cupy_api.instance("cuda.Device", attributes=attributes()),
-        }
-    )
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupy", emulation.cupy_of(attributes))
     monkeypatch.setattr(build, "module", module)
     monkeypatch.setattr(warp_tiles, "pointers_to", list)
     return state
@@ -110,12 +97,6 @@ def device(monkeypatch, tmp_path):
 
 def problem_of(sizes, activations, loss, n, **options):
     return make_problem(sizes, n, activation=activations, loss=loss, dtype=np.float32, **options)
-
-
-def specification(problem, dtype=np.float32):
-    sizes = (problem.X.shape[1], *(len(b) for _, b in problem.params))
-    rows = tuple(ACTIVATIONS[name] for name in problem.names)
-    return backprop.Spec(np, sizes, dtype, rows, LOSSES[problem.options["loss"]])
 
 
 def plan(problem, precision, n=300):
@@ -133,11 +114,7 @@ def run_on(run, problem, mean=False, out=None):
 
 
 def derivation(problem, dtype=np.float64, mean=False):
-    params, X, y, options = problem.astype(dtype)
-    layers = [Layer(W, b) for W, b in params]
-    spec = specification(problem, dtype)
-    sums = backprop.loss_and_grad_sums(spec, layers, X, y, options["sample_weight"])
-    return backprop.reduced(spec._replace(reduction="mean" if mean else "sum"), sums)
+    return by_derivation(problem.astype(dtype), "mean" if mean else "sum")
 
 
 def relative_error(got, expected):
