@@ -62,6 +62,7 @@ IMPORTS = {
     "engines.compiled": ("", ""),
     "engines.compiled.formulas": ("activations", "numba numpy"),
     "engines.compiled.rows": ("engines.compiled.formulas", "numba numpy"),
+    "engines.compiled.schedule": ("types", ""),
     "engines.compiled.vectors": ("", "llvmlite numba"),
     "engines.compiled.layout": ("engines.compiled.formulas engines.compiled.vectors types", ""),
     "engines.compiled.products": (
@@ -73,7 +74,7 @@ IMPORTS = {
         "numba numpy",
     ),
     "engines.compiled.jobs": (
-        "engines.compiled.formulas engines.compiled.layout engines.compiled.parts "
+        "backprop engines.compiled.formulas engines.compiled.layout engines.compiled.parts "
         "engines.compiled.rows engines.compiled.vectors types",
         "numba numpy",
     ),
@@ -118,11 +119,17 @@ IMPORTS = {
     "engines.memory": ("", "numpy"),
     "engines.schedule": ("backprop", ""),
     "engines.threads": ("", "threadpoolctl"),
+    "engines.compiled.passes": (
+        "backprop edge.arguments edge.rules engines.compiled.jobs engines.compiled.kernels "
+        "engines.compiled.layout engines.compiled.parts engines.compiled.schedule "
+        "engines.threads types",
+        "numpy",
+    ),
     "engines.numpy_tiles": ("backprop engines.schedule engines.threads types", "numpy"),
     "engines.compiled.engine": (
         "backprop edge.arguments edge.rules engines.compiled.jobs engines.compiled.kernels "
         "engines.compiled.layout engines.compiled.parts engines.compiled.rows "
-        "engines.numpy_tiles engines.threads types",
+        "engines.compiled.schedule engines.numpy_tiles engines.threads types",
         "numpy",
     ),
     "engines.numpy_products": (

@@ -92,6 +92,15 @@ def plan(spec: Spec, n: int, backend: str | None, precision: str = "float32") ->
     return Pass(run or partial(derivation, spec))
 
 
+def is_for_numba(spec: Spec, backend: str | None) -> bool:
+    """Whether a compiled pass is asked for, and covers this net."""
+    if backend != "numba":
+        return False
+    from mlp_backprop.engines.compiled import engine
+
+    return engine.covers(spec)
+
+
 def derivation(
     spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None, out: Layers | None = None
 ) -> LossAndGrads:

@@ -8,7 +8,6 @@ A wider net is numpy_tiles.py with its activations compiled: products are BLAS's
 has one loop from Z to H and f'(Z) in place of several.
 """
 
-import math
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from itertools import pairwise
@@ -21,23 +20,14 @@ from mlp_backprop.edge.arguments import Argument
 from mlp_backprop.edge.rules import check_target_values
 from mlp_backprop.engines import numpy_tiles, threads
 from mlp_backprop.engines.compiled import kernels, parts
-from mlp_backprop.engines.compiled.jobs import Job, layer_table
+from mlp_backprop.engines.compiled.jobs import Job, as_compiled, job_of, labels_of
 from mlp_backprop.engines.compiled.layout import layout
-from mlp_backprop.engines.compiled.rows import ACTIVATIONS, LOSSES
+from mlp_backprop.engines.compiled.rows import ACTIVATIONS
+from mlp_backprop.engines.compiled.schedule import chunks, operations
 from mlp_backprop.types import Array, Layer, LossAndGrads, flat, n_params
 
-# Beyond this width the products are better left to BLAS: the net is wide.
-WIDEST = 256
-
-# The cost model, in operations: one product, or a tenth of an activation. A core does 20 to 40 of
-# them in a nanosecond, and waking a thread takes up to 300 us: so one thread and a single chunk up
-# to about two milliseconds of work, then chunks of at least 100 us, which take 5 us to hand out.
-ACTIVATION_OPERATIONS = 10
-THREAD_OPERATIONS = 80_000_000
-CHUNK_OPERATIONS = 4_000_000
-MOST_CHUNKS = 64
-
-NO_LABELS = np.empty(0, np.int64)
+# Beyond these widths, of inputs and of layers, products are better left to BLAS: the net is wide.
+WIDEST_INPUT, WIDEST = 1024, 256
 
 
 def prepare(spec: Spec, n: int) -> "NarrowRun | numpy_tiles.TiledRun | None":
@@ -45,9 +35,15 @@ def prepare(spec: Spec, n: int) -> "NarrowRun | numpy_tiles.TiledRun | None":
     dtype = np.dtype(spec.dtype)
     if dtype not in (np.float32, np.float64):
         return None
-    if max(spec.sizes) > WIDEST:
+    if not covers(spec):
         return numpy_tiles.TiledRun(spec, n, compiled_in_place(dtype))
     return NarrowRun(spec, n)
+
+
+def covers(spec: Spec) -> bool:
+    """Whether a compiled pass is for this net: of NumPy's arrays, in single or double precision."""
+    narrow = spec.sizes[0] <= WIDEST_INPUT and max(spec.sizes[1:]) <= WIDEST
+    return narrow and spec.xp is np and np.dtype(spec.dtype) in (np.float32, np.float64)
 
 
 class NarrowRun:
@@ -63,7 +59,7 @@ class NarrowRun:
         self.place = parts.entry(kernels.place, kernels.placing(self.dtype))
         self.params = np.empty(n_params(spec.sizes), self.dtype)
         self.params_by_layer = by_layer(self.params, spec.sizes)
-        self.operations = 3 * len(self.params) + ACTIVATION_OPERATIONS * sum(spec.sizes[1:])
+        self.operations = operations(spec.sizes, products=3)
         self.layout = layout(spec.sizes, n, self.dtype)
         self.no_targets, self.no_weight = np.empty((0, 0), self.dtype), np.empty(0, self.dtype)
         n_chunks, _ = self.chunks(n)
@@ -125,21 +121,8 @@ class NarrowRun:
 
     def job_for(self, params: list[Layer]) -> Job:
         """What a pass with these parameters is told before data comes."""
-        names = [row.name for row in self.spec.activations]
-        address = partial(parts.address, self.dtype)
-        return Job(
-            layers=layer_table(params, names, self.dtype),
-            n_layers=len(names),
-            product=address("product"),
-            dots=address("dots"),
-            loss=address("loss", LOSSES.index(self.spec.loss.name)),
-            workspaces=self.workspaces,
-            workspace_bytes=self.workspaces.strides[0],
-            sums=self.sums_of_chunks,
-            n_sums=self.sums_of_chunks.shape[1],
-            is_mean=self.spec.reduction == "mean",
-            **self.layout._asdict(),
-        )
+        arrays = {"workspaces": self.workspaces, "sums": self.sums_of_chunks}
+        return job_of(self.spec, params, self.layout, **arrays)
 
     def tell(
         self, job: Job, X: Array, y: Array, labels: Array, weight: Array | None, results: Array
@@ -152,16 +135,8 @@ class NarrowRun:
         return n_chunks
 
     def chunks(self, n: int) -> tuple[int, int]:
-        """How many chunks n rows make, and of how many rows: whole tiles."""
-        operations = n * self.operations
-        if operations < THREAD_OPERATIONS:
-            return 1, n
-        n_chunks, tile_rows = (
-            min(MOST_CHUNKS, operations // CHUNK_OPERATIONS),
-            self.layout.tile_rows,
-        )
-        n_rows = math.ceil(n / (n_chunks * tile_rows)) * tile_rows
-        return math.ceil(n / n_rows), n_rows
+        """How many chunks n rows make, and of how many rows."""
+        return chunks(n, self.layout.tile_rows, self.operations, len(self.params))
 
     def run(self, job: Job, n_chunks: int, y: Array) -> None:
         """The pass into the results; the interpreter lock is released meanwhile."""
@@ -179,16 +154,6 @@ class NarrowRun:
             known = found.all()
         if not known:
             check_target_values(Argument("y", y, np), self.spec.loss, self.sizes[-1])
-
-
-def as_compiled(A: Array) -> Array:
-    """The array if compiled code can read it as it lies, else a copy."""
-    return np.require(A, requirements=("C", "A"))
-
-
-def labels_of(y: Array) -> Array:
-    """Labels as compiled code reads them, or none."""
-    return y.astype(np.int64, copy=False) if y.ndim == 1 else NO_LABELS
 
 
 def by_layer(flat: Array, sizes: tuple[int, ...]) -> list[Layer]:

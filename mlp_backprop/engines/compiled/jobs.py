@@ -1,17 +1,19 @@
 """All that a compiled pass is told: one record of numbers and addresses, a job."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 from numba import carray, from_dtype, types
 from numba.extending import intrinsic
 
+from mlp_backprop.backprop import Spec
 from mlp_backprop.engines.compiled.formulas import compiled
 from mlp_backprop.engines.compiled.layout import Layout
 from mlp_backprop.engines.compiled.parts import address
-from mlp_backprop.engines.compiled.rows import ACTIVATIONS
+from mlp_backprop.engines.compiled.rows import ACTIVATIONS, LOSSES
 from mlp_backprop.engines.compiled.vectors import pointer
-from mlp_backprop.types import Array, DType, Layer, flat
+from mlp_backprop.types import Array, DType, Layer, flat, n_params
 
 FIELDS = (
     # The caller's arrays: addresses, 0 for what is absent, and strides in bytes
@@ -29,6 +31,7 @@ FIELDS = (
     # Then the same of all chunks, divided, in the net's dtype
     *("sums", "n_sums", "results", "is_mean"),
 )
+NO_LABELS = np.empty(0, np.int64)
 W_PLACE = 6  # in a row of the layer_table
 
 JOB = np.dtype([(name, np.int64) for name in FIELDS])
@@ -63,6 +66,34 @@ class Job:
         ]
         self.set(places=np.array(places), n_places=len(places))
         self._kept |= {"followed": followed}
+
+
+def job_of(spec: Spec, params: list[Layer], layout: Layout, **fields: int | Array) -> Job:
+    """What every pass is told: the net, where in a workspace things are, and more by name."""
+    names = [row.name for row in spec.activations]
+    part = partial(address, spec.dtype)
+    return Job(
+        layers=layer_table(params, names, spec.dtype),
+        n_layers=len(names),
+        product=part("product"),
+        dots=part("dots"),
+        loss=part("loss", LOSSES.index(spec.loss.name)) if spec.loss else 0,
+        is_mean=spec.reduction == "mean",
+        workspace_bytes=layout.size * spec.dtype.itemsize,
+        n_sums=n_params(spec.sizes) + 2,
+        **layout._asdict(),
+        **fields,
+    )
+
+
+def as_compiled(A: Array) -> Array:
+    """The array if compiled code can read it as it lies, else a copy."""
+    return np.require(A, requirements=("C", "A"))
+
+
+def labels_of(y: Array) -> Array:
+    """Labels as compiled code reads them, or none."""
+    return y.astype(np.int64, copy=False) if y.ndim == 1 else NO_LABELS
 
 
 def _address_of_data(A: Array) -> int:

@@ -75,14 +75,14 @@ def add_tile(job, layers, A, start, n, sums):
 
 @compiled
 def load_rows(job, layers, A, stride, start, n, m):
-    """Inputs, targets and weights of a tile; False where a label is no class."""
+    """Inputs, targets if there are, and weights of a tile; False where a label is no class."""
     n_in, n_out, known = layers[0, 1], layers[-1, 2], True
     load(A, stride, m, job.X + start * job.X_row, job.X_row, job.X_column, n, n_in)
     Y, weights = shifted(A, job.Y * stride), shifted(A, job.weights * stride)
     if job.labels:
         labels = pointer(np.int64, job.labels + start * job.label_step)
         known = load_labels(Y, stride, m, labels, job.label_step // 8, n, n_out)
-    else:
+    elif job.y:
         load(Y, stride, m, job.y + start * job.y_row, job.y_row, job.y_column, n, n_out)
     if job.weight:
         address = job.weight + start * job.weight_step
@@ -136,7 +136,8 @@ def place(sources: int) -> Callable[..., None]:
         job = job_at(address)
         job.n, job.n_chunks, job.chunk_rows = len(X), n_chunks, chunk_rows
         job.X, job.X_row, job.X_column = X.ctypes.data, X.strides[0], X.strides[1]
-        job.y, job.y_row, job.y_column = Y.ctypes.data, Y.strides[0], Y.strides[1]
+        job.y = Y.ctypes.data if Y.size else 0
+        job.y_row, job.y_column = Y.strides[0], Y.strides[1]
         job.labels = labels.ctypes.data if len(labels) else 0
         job.weight = weight.ctypes.data if len(weight) else 0
         job.label_step, job.weight_step = labels.strides[0], weight.strides[0]

@@ -15,7 +15,7 @@ from mlp_backprop.activations import ACTIVATIONS  # noqa: E402
 from mlp_backprop.edge import validation  # noqa: E402
 from mlp_backprop.engines import numpy_tiles  # noqa: E402
 from mlp_backprop.engines.compiled import engine as numba_engine  # noqa: E402
-from mlp_backprop.engines.compiled import formulas, kernels, parts, tiles, vectors  # noqa: E402
+from mlp_backprop.engines.compiled import formulas, kernels, parts, schedule, tiles, vectors  # noqa: E402
 from mlp_backprop.losses import LOSSES  # noqa: E402
 
 FLOATS = (np.float64, np.float32)
@@ -309,7 +309,7 @@ def test_long_work_is_cut_and_short_work_is_not():
     assert run.chunks(1000) == (1, 1000)
     for n in (1_000_000, 1_000_001, 10_000_000):
         n_chunks, n_rows = run.chunks(n)
-        assert 1 < n_chunks <= numba_engine.MOST_CHUNKS
+        assert 1 < n_chunks <= schedule.MOST_CHUNKS
         assert n_rows % run.layout.tile_rows == 0
         assert (n_chunks - 1) * n_rows < n <= n_chunks * n_rows
 

@@ -1,0 +1,33 @@
+"""How the compiled passes cut rows into chunks for threads: a small cost model.
+
+It knows shapes alone, never how many threads there are: the cut decides the bits of the result.
+"""
+
+import math
+
+from mlp_backprop.types import n_params
+
+# In operations: one product, or a tenth of an activation. A core does 20 to 40 of them in a
+# nanosecond, and waking a thread takes up to 300 us: so one thread and a single chunk up to about
+# two milliseconds of work, then chunks of at least 100 us, which take 5 us to hand out.
+ACTIVATION_OPERATIONS = 10
+THREAD_OPERATIONS = 80_000_000
+CHUNK_OPERATIONS = 4_000_000
+MOST_CHUNKS = 64
+CHUNK_BYTES = 16 << 20  # of the sums of all chunks
+
+
+def operations(sizes: tuple[int, ...], products: float) -> float:
+    """Of one row of X in a pass that multiplies by every weight so many times."""
+    return products * n_params(sizes) + ACTIVATION_OPERATIONS * sum(sizes[1:])
+
+
+def chunks(n: int, tile_rows: int, operations_of_row: float, n_sums: int = 0) -> tuple[int, int]:
+    """How many chunks n rows make, each with so many sums, and of how many rows: whole tiles."""
+    work = n * operations_of_row
+    if work < THREAD_OPERATIONS:
+        return 1, n
+    most = min(MOST_CHUNKS, max(4, CHUNK_BYTES // (8 * n_sums + 1)))
+    n_chunks = min(most, int(work // CHUNK_OPERATIONS))
+    rows = math.ceil(n / (n_chunks * tile_rows)) * tile_rows
+    return math.ceil(n / rows), rows
