@@ -7,10 +7,12 @@ A part is made by a function of a checksum of the sources: mentioned in the code
 piece of the key in the cache, which by itself looks at one file alone.
 """
 
+import sys
 import zlib
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -50,10 +52,32 @@ def entry(make: Callable[..., Any], signature: Any, *which: Any) -> Any:
 def from_cache(compile_: Callable[..., Any], make: Callable[[int], Any]) -> Any:
     """A function from Numba's cache, or compiled now."""
     function = make(version_of_sources())
+    _patience.say_once()
+    start = perf_counter()
     try:
         return compile_(cache=True, **OPTIONS)(function)
     except RuntimeError:  # Numba finds no directory that it may write to
         return compile_(**OPTIONS)(function)
+    finally:
+        _patience.seconds += perf_counter() - start
+
+
+class _Patience:
+    """For how long this process has compiled: who waits at a terminal should know why."""
+
+    LIMIT = 2.0
+
+    def __init__(self) -> None:
+        self.seconds, self.has_said = 0.0, False
+
+    def say_once(self) -> None:
+        if self.seconds > self.LIMIT and not self.has_said:
+            self.has_said = True
+            if sys.stderr is not None and sys.stderr.isatty():
+                print("mlp_backprop compiles for this processor, once ...", file=sys.stderr)
+
+
+_patience = _Patience()
 
 
 @cache

@@ -376,6 +376,18 @@ def test_what_is_compiled_holds_the_version_of_its_sources(make):
     assert 123456789 in held
 
 
+@pytest.mark.parametrize(("seconds", "is_terminal"), [(1.9, True), (2.1, False), (2.1, True)])
+def test_whoever_waits_at_a_terminal_is_told_once_why(seconds, is_terminal, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    patience = parts._Patience()
+    patience.say_once()
+    patience.seconds = seconds
+    for _ in range(3):
+        patience.say_once()
+    expected = "mlp_backprop compiles for this processor, once ...\n"
+    assert capsys.readouterr().err == (expected if seconds > 2 and is_terminal else "")
+
+
 def test_the_layouts_of_many_nets_are_not_all_kept():
     for width in range(1, 1000):
         numba_engine.record((1, width), np.dtype(np.float64))
