@@ -74,7 +74,7 @@ class _Patience:
         if self.seconds > self.LIMIT and not self.has_said:
             self.has_said = True
             if sys.stderr is not None and sys.stderr.isatty():
-                print("mlp_backprop compiles for this processor, once ...", file=sys.stderr)
+                sys.stderr.write("mlp_backprop compiles for this processor, once ...\n")
 
 
 _patience = _Patience()
