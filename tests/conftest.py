@@ -18,7 +18,7 @@ from cuda_card import cupy_on_a_card
 from locks import held
 
 from mlp_backprop.backprop import Spec
-from mlp_backprop.edge import backends
+from mlp_backprop.edge import backends, kinds
 from mlp_backprop.engines import choice
 
 BUILD = Path(__file__).parents[1] / "build"  # kept from run to run
@@ -102,6 +102,21 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def cupy() -> Any:
     """CuPy, where there is a card."""
     return cupy_on_a_card()
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """No test knows the calls of another; and what forgets those of the test itself.
+
+    A mutant is not found by a call that was right before.
+    """
+
+    def forget() -> None:
+        monkeypatch.setattr(kinds, "seen", kinds.Seen())
+        monkeypatch.setattr(choice, "_kept", choice._Kept())
+
+    forget()
+    return forget
 
 
 @pytest.fixture

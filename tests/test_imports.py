@@ -52,7 +52,10 @@ IMPORTS = {
     "edge.calls": ("edge.backends", "numpy"),
     "edge.kinds": ("backprop edge.backends types", "numpy"),
     "edge.rules": ("activations backprop edge.arguments edge.backends losses types", ""),
-    "edge.validation": ("backprop edge.arguments edge.backends edge.rules types", ""),
+    "edge.validation": (
+        "backprop edge.arguments edge.backends edge.kinds edge.rules types",
+        "numpy",
+    ),
     # nets
     "nets": ("types", ""),
     "nets.initial": ("edge.arguments types", "numpy"),
@@ -138,14 +141,17 @@ IMPORTS = {
         "numpy",
     ),
     "engines.choice": (
-        "backprop edge.backends engines.compiled.engine engines.cuda.engine "
-        "engines.numpy_products engines.numpy_tiles engines.schedule engines.threads "
-        "maths.row_blocks maths.samples maths.tangents types",
+        "backprop edge.backends edge.kinds edge.rules engines.compiled.engine "
+        "engines.cuda.engine engines.numpy_products engines.numpy_tiles engines.schedule "
+        "engines.threads maths.row_blocks maths.samples maths.tangents types",
         "numpy",
     ),
     # derivatives
     "derivatives": ("", ""),
-    "derivatives.gradients": ("backprop edge.calls edge.validation engines.choice types", ""),
+    "derivatives.gradients": (
+        "backprop edge.calls edge.kinds edge.validation engines.choice types",
+        "",
+    ),
     "derivatives.inputs": (
         "backprop edge.arguments edge.calls edge.validation engines.choice maths.jets "
         "maths.row_blocks types",

@@ -262,14 +262,10 @@ class PreparedGrads:
         looks_at_y = self._looks_at_y and not (y.ndim == 1 and self._run.checks_labels)
         if weight is None and X.shape[0] > 0 and not looks_at_y:
             return
-        xp, loss = self._spec.xp, self._spec.loss
-        weights = None if weight is None else Argument("sample_weight", weight, xp)
+        weights = None if weight is None else Argument("sample_weight", weight, self._spec.xp)
         rules.check_weight_shape(weights, X.shape[0], self._spec.reduction)
-        if self._kinds.on_gpu:
-            return
-        if looks_at_y:
-            rules.check_target_values(Argument("y", y, xp), loss, self._spec.sizes[-1])
-        rules.check_weight_values(weights, self._spec.reduction)
+        if not self._kinds.on_gpu:
+            rules.check_values(self._spec, y if looks_at_y else None, weight)
 
     def _checked(self, *arrays: Any) -> tuple[list[Layer], Array, Array, Array | None]:
         """The arguments after all the checks and conversions of `compute_grads`."""

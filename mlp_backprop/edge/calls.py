@@ -31,8 +31,9 @@ def on_stream_of_arguments(function: Callable[Arguments, Result]) -> Callable[Ar
         if not names.issuperset(options):
             unknown = next(name for name in options if name not in names)
             raise TypeError(f"{function.__name__}() has no argument {unknown!r}: {signature}")
-        backend: Any = options.get("backend")
-        with backends.callers_stream((*args, *options.values()), backend):
+        if options.get("backend") != "cupy":
+            return function(*args, **options)
+        with backends.callers_stream((*args, *options.values()), "cupy"):
             return function(*args, **options)
 
     call.__signature__ = signature  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlp_backprop.activations import ACTIVATIONS
-from mlp_backprop.backprop import Activations
+from mlp_backprop.backprop import Activations, Spec
 from mlp_backprop.edge import backends
 from mlp_backprop.edge.arguments import FLOATING, Argument, Location, table_row, type_name
 from mlp_backprop.losses import LOSSES, Loss
@@ -189,6 +189,14 @@ def check_weight_values(weight: Argument | None, reduction: str) -> None:
         raise ValueError(
             "the sample weights are all zero: a mean is divided by their sum; use reduction='sum'"
         )
+
+
+def check_values(spec: Spec, y: Array | None, weight: Array | None) -> None:
+    """Both, of arrays with which it is computed."""
+    if y is not None:
+        check_target_values(Argument("y", y, spec.xp), spec.loss, spec.sizes[-1])
+    if weight is not None:
+        check_weight_values(Argument("sample_weight", weight, spec.xp), spec.reduction)
 
 
 def check_precision(precision: object, home: Location, dtype: str) -> None:

@@ -1,14 +1,18 @@
 """From what a caller passes to a checked problem, or to an error; rules.py says what fits.
 
 Nothing is computed, and nothing is copied to a device, before all of it is known to fit; the
-maths behind this file never asks again.
+maths behind this file never asks again. Nor does this file, of NumPy's arrays in a call like one
+before: kinds.py knows it again, and what is left to look at are values.
 """
 
 from itertools import combinations, pairwise
+from operator import is_
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mlp_backprop.backprop import Spec
-from mlp_backprop.edge import backends
+from mlp_backprop.edge import backends, kinds
 from mlp_backprop.edge.arguments import (
     Argument,
     Location,
@@ -27,12 +31,13 @@ from mlp_backprop.edge.rules import (
     check_precision,
     check_target_shape,
     check_target_values,
+    check_values,
     check_weight_shape,
     check_weight_values,
     shape_of,
     table_rows,
 )
-from mlp_backprop.types import Array, Layer, Params, flat
+from mlp_backprop.types import Array, Layer, Net, Params, flat
 
 
 class Problem(NamedTuple):
@@ -81,6 +86,42 @@ def problem(
     name: str = "X",
 ) -> Problem:
     """Check the arguments of a gradient; looking at values on a device waits for it."""
+    names = activation, loss, reduction, backend, precision
+    targets = None if y is ABSENT else y
+    key = kinds.of_call(params, X, targets, sample_weight, *names)
+    known = kinds.seen.find(key)
+    if known is not None:
+        if look_at_values and (known.looks_at_y or sample_weight is not None):
+            check_values(known.spec, targets, sample_weight)
+        return Problem(known.spec, _as_layers(params), X, targets, sample_weight)
+    checked = _checked(params, X, y, sample_weight, *names, look_at_values, name)
+    if key is not None:
+        given = [*flat(_as_layers(params)), X, targets, sample_weight]
+        if all(map(is_, given, [*flat(checked.params), *checked[2:]])):  # nothing was converted
+            kinds.seen.add(key, checked.spec)
+    return checked
+
+
+def _as_layers(params: Any) -> list[Layer]:
+    """A list of its own, of parameters that are known to fit."""
+    pairs = params.params if type(params) is Net else params
+    return [pair if type(pair) is Layer else Layer(*pair) for pair in pairs]
+
+
+def _checked(
+    params: Params,
+    X: Array,
+    y: Array,
+    sample_weight: Array | None,
+    activation: Any,
+    loss: Any,
+    reduction: Any,
+    backend: str | None,
+    precision: Any,
+    look_at_values: bool,
+    name: str,
+) -> Problem:
+    """The same, whatever the arguments are."""
     layers = _borrowed_layers(read_params(params), backend)
     rows, loss_row = table_rows(params, len(layers), activation, loss, reduction)
     inputs = borrowed(read(name, X), backend)
@@ -170,6 +211,9 @@ def described(spec: Spec) -> str:
 
 def like_params(value: Params, name: str, problem: Problem, backend: str | None) -> list[Layer]:
     """What must have the structure of the parameters."""
+    of_value = kinds.of_layers(value) if problem.spec.xp is np else None
+    if of_value is not None and of_value == kinds.of_layers(problem.params):
+        return _as_layers(value)
     layers = _borrowed_layers(read_params(value, name), backend)
     shapes = [tuple(a.array.shape) for a in flat(layers)]
     expected = [tuple(A.shape) for A in flat(problem.params)]
@@ -180,8 +224,10 @@ def like_params(value: Params, name: str, problem: Problem, backend: str | None)
 
 def like_outputs(value: Array, name: str, problem: Problem, backend: str | None) -> Array:
     """An array (n, d_L)."""
-    argument = borrowed(read(name, value), backend)
     expected = (problem.X.shape[0], problem.spec.sizes[-1])
+    if _is_in_place(value, expected, problem):
+        return value
+    argument = borrowed(read(name, value), backend)
     if tuple(argument.array.shape) != expected:
         raise ValueError(
             f"{name} must have the shape of the outputs, {expected}, got {shape_of(argument)}"
@@ -200,10 +246,22 @@ def of_shape(
     value: Array, name: str, shape: tuple[int, ...], problem: Problem, backend: str | None
 ) -> Array:
     """An array of this shape."""
+    if _is_in_place(value, shape, problem):
+        return value
     argument = borrowed(read(name, value), backend)
     if tuple(argument.array.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {shape_of(argument)}")
     return _placed(argument, problem, backend)
+
+
+def _is_in_place(value: Any, shape: tuple[int, ...], problem: Problem) -> bool:
+    """The quick look, for NumPy's own arrays."""
+    return (
+        type(value) is np.ndarray
+        and problem.spec.xp is np
+        and value.shape == shape
+        and bool(value.dtype == problem.spec.dtype)
+    )
 
 
 def _placed(argument: Argument, problem: Problem, backend: str | None) -> Array:

@@ -26,13 +26,15 @@ import numpy as np
 from mlp_backprop import backprop
 from mlp_backprop.backprop import Spec
 from mlp_backprop.edge.backends import library_name
+from mlp_backprop.edge.kinds import Known
+from mlp_backprop.edge.rules import check_values
 from mlp_backprop.engines import numpy_products, numpy_tiles, threads
 from mlp_backprop.engines.schedule import SMALLEST_DIVIDED_PRODUCT
 from mlp_backprop.maths import samples, tangents
 from mlp_backprop.maths.row_blocks import added_layers, row_blocks, rows_of
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.maths.tangents import Kind
-from mlp_backprop.types import Array, Layers, LossAndGrads
+from mlp_backprop.types import Array, Layer, Layers, LossAndGrads
 
 Run = Callable[..., LossAndGrads]  # as above
 
@@ -101,10 +103,53 @@ def is_for_numba(spec: Spec, backend: str | None) -> bool:
     return engine.covers(spec)
 
 
+class _Kept(threading.local):
+    """Small workspaces of a thread that are not in use, by what they are for.
+
+    Who takes one finds nobody else with it; a call that interrupts another makes its own.
+    """
+
+    def __init__(self) -> None:
+        self.by_use: dict[Any, Any] = {}
+
+    def put(self, use: object, workspace: object) -> None:
+        """Keep it for the next; when there are too many, begin anew."""
+        if len(self.by_use) >= MOST_KEPT:
+            self.by_use.clear()
+        self.by_use[use] = workspace
+
+
+_kept = _Kept()
+MOST_KEPT = 8  # of a few MB at most
+MOST_NUMBERS = 1 << 15  # weights, and outputs of all layers: with more, a plan is the least
+
+
+def repeated(
+    known: Known, params: Any, X: Array, y: Array, weight: Array | None, backend: str | None
+) -> LossAndGrads:
+    """Loss and gradients for NumPy's arrays in a call like one before: of it the pass is kept."""
+    run = kept = _kept.by_use.pop(known, None)
+    if run is None:
+        run = plan(known.spec, len(X), backend)
+    checks = weight is None and y.ndim == 1 and run.checks_labels
+    if not checks and (known.looks_at_y or weight is not None):
+        check_values(known.spec, y, weight)
+    result: LossAndGrads = run(params, X, y, weight)
+    if kept or _is_small(known.spec, len(X)):
+        _kept.put(known, run)
+    return result
+
+
+def _is_small(spec: Spec, n: int) -> bool:
+    numbers = sum((n_in + 1 + n) * n_out for n_in, n_out in pairwise(spec.sizes))
+    return numbers <= MOST_NUMBERS
+
+
 def derivation(
     spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None, out: Layers | None = None
 ) -> LossAndGrads:
     """The derivation as a run: of every library that has no faster one."""
+    params = [Layer(W, b) for W, b in params]
     with undisturbed(spec, X.shape[0]):
         sums = backprop.loss_and_grad_sums(spec, params, X, y, weight)
     return backprop.reduced(spec, sums, out)
@@ -138,7 +183,12 @@ def for_each_sweep(
     block may use again.
     """
     if is_for_numpy(spec):
-        numpy_tiles.TiledRun(spec, X.shape[0]).for_each_sweep(params, X, y, weight, use)
+        n = X.shape[0]
+        kept = _kept.by_use.pop((spec, n), None)
+        run = kept or numpy_tiles.TiledRun(spec, n)
+        run.for_each_sweep(params, X, y, weight, use)
+        if kept or _is_small(spec, n):
+            _kept.put((spec, n), run)
         return
     row_numbers = spec.sizes[0] + 3 * sum(spec.sizes[1:])  # Z_l, H_l and D_l
     with undisturbed(spec, X.shape[0]):

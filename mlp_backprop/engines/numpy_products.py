@@ -210,11 +210,11 @@ class ProductRun:
             B, d = tile.below[l], Wb.shape[1] - 1
             if len(B) == 1:  # X is not copied: only the ones are here
                 for factor, product in ((Wb, Z), (VcW, dH)):
-                    np.dot(factor[:, :d], X.T, product)
+                    factor[:, :d].dot(X.T, product)
                     np.add(product, factor[:, d : d + 1], product)
             else:
-                np.dot(Wb, B[: d + 1], Z)
-                np.dot(VcW[:, : len(B)], B, dH)
+                Wb.dot(B[: d + 1], Z)
+                VcW[:, : len(B)].dot(B, dH)
             row, activation = self.in_place[l], self.spec.activations[l]
             if row is None:
                 H[...] = activation.f(np, Z)
@@ -247,16 +247,16 @@ class ProductRun:
             d_out, d_in = len(both) // 2, WV.shape[1]
             dD, D, W = both[:d_out], both[d_out:], WV[:d_out]
             if len(B) == 1:
-                sums.append(Layer(np.dot(dD, X), np.dot(dD, tile.ones)))
+                sums.append(Layer(dD.dot(X), dD.dot(tile.ones)))
                 break
-            Wb = np.dot(dD, B[: d_in + 1].T)
+            Wb = dD.dot(B[: d_in + 1].T)
             if l > 0:
                 below = tile.deltas[l - 1]
                 # With one output this product is an outer one, at which BLAS is slow.
                 multiply = np.multiply if d_out == 1 else np.dot
                 if self.kind.is_hessian:
-                    Wb[:, :-1] += np.dot(D, B[d_in + 1 :].T)
-                    np.dot(WV.T, both, below[:d_in])
+                    Wb[:, :-1] += D.dot(B[d_in + 1 :].T)
+                    WV.T.dot(both, below[:d_in])
                     multiply(W.T, D, below[d_in:])
                 else:
                     multiply(W.T, dD, below[:d_in])

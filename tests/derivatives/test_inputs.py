@@ -510,7 +510,7 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_mutants_are_caught(mutant, monkeypatch):
+def test_mutants_are_caught(mutant, monkeypatch, nothing_seen):
     problem = make_problem((3, 3, 3), activation=["tanh", "tanh"])
     expected = {
         "jacobian": by_torch("jacrev", problem),
@@ -523,6 +523,7 @@ def test_mutants_are_caught(mutant, monkeypatch):
 
     assert_right()
     MUTANTS[mutant](monkeypatch)
+    nothing_seen()
     with pytest.raises(AssertionError, match="off, of"):
         assert_right()
 

@@ -365,7 +365,7 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_mutant_is_caught(mutant, monkeypatch, derivation):
+def test_a_mutant_is_caught(mutant, monkeypatch, nothing_seen, derivation):
     # Square layers, so that everything keeps its shape.
     problem = make_problem((3, 3, 3, 3), weighted=True)
     expected = [[np.array(A) for A in layer] for layer in run(per_sample_grads, problem)]
@@ -376,6 +376,7 @@ def test_a_mutant_is_caught(mutant, monkeypatch, derivation):
 
     assert_right()
     MUTANTS[mutant](monkeypatch)
+    nothing_seen()
     with pytest.raises(AssertionError, match=" off, of "):
         assert_right()
 

@@ -585,11 +585,12 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_mutants_are_caught(mutant, monkeypatch):
+def test_mutants_are_caught(mutant, monkeypatch, nothing_seen):
     problem = make_problem((3, 3, 3, 3), activation=["tanh", "tanh", "tanh"], weighted=True)
     expected = by_torch(problem, torch_residual(range(3)))
     assert_result_close(run_residual(problem, nonlinear), expected, 1e-10)
     MUTANTS[mutant](monkeypatch)
+    nothing_seen()
     with pytest.raises(AssertionError, match="off, of"):
         assert_result_close(run_residual(problem, nonlinear), expected, 1e-5)
 
