@@ -93,15 +93,19 @@ IMPORTS = {
     "engines.memory": ("", "numpy"),
     "engines.schedule": ("backprop", ""),
     "engines.threads": ("", "threadpoolctl"),
-    "engines.numpy_tiles": ("backprop engines.schedule engines.threads types", "numpy"),
+    "engines.shared_products": ("engines.schedule engines.threads types", "numpy"),
+    "engines.numpy_tiles": (
+        "backprop engines.schedule engines.shared_products engines.threads types",
+        "numpy",
+    ),
     "engines.compiled.engine": (
         "backprop edge.arguments edge.rules engines.compiled.formulas "
         "engines.compiled.kernels engines.numpy_tiles engines.threads types",
         "numba numpy",
     ),
     "engines.numpy_products": (
-        "backprop engines.numpy_tiles engines.schedule engines.threads maths.row_blocks "
-        "maths.tangents types",
+        "backprop engines.numpy_tiles engines.schedule engines.shared_products engines.threads "
+        "maths.row_blocks maths.tangents types",
         "numpy",
     ),
     "engines.choice": (

@@ -107,12 +107,12 @@ def derivation(
 
 
 def undisturbed(spec: Spec, rows: float = math.inf) -> AbstractContextManager[None]:
-    """For the derivation on NumPy's arrays: nobody holds BLAS while it forms products of so many
-    rows; those too small to be divided among threads need not wait for it."""
+    """For the derivation on NumPy's arrays: BLAS is held at one thread while it forms products of
+    so many rows, unless all are too small to be divided among threads anyway."""
     largest = rows * max((a + 1) * b for a, b in pairwise(spec.sizes))
     if spec.xp is not np or largest <= SMALLEST_DIVIDED_PRODUCT:
         return nullcontext()
-    return threads.blas_on_its_threads()
+    return threads.blas_on_one_thread()
 
 
 def is_for_numpy(spec: Spec) -> bool:

@@ -21,6 +21,7 @@ from mlp_backprop import backprop
 from mlp_backprop.backprop import Spec, Sums
 from mlp_backprop.engines import threads
 from mlp_backprop.engines.schedule import make_schedule
+from mlp_backprop.engines.shared_products import shared_dot
 from mlp_backprop.types import Array, DType, Layer, LossAndGrads
 
 
@@ -142,6 +143,7 @@ class TiledRun:
     def __init__(self, spec: Spec, n: int, in_place: Mapping[str, InPlace] = IN_PLACE) -> None:
         self.spec = spec
         self.schedule = make_schedule(spec, n, np.dtype(spec.dtype).itemsize)
+        self.dot = shared_dot if self.schedule.shares_products else np.dot
         self.rows = [in_place.get(row.name) for row in spec.activations]
         self.packed = Stacks(spec, self.schedule.copies_X, spec.dtype)
         self.one = np.ones((), spec.dtype)
@@ -176,9 +178,7 @@ class TiledRun:
         return Sums(loss, weight_sum, sums.layers)
 
     def _blas(self) -> AbstractContextManager[None]:
-        if self.schedule.holds_blas:
-            return threads.blas_on_one_thread()
-        return threads.blas_on_its_threads() if self.schedule.blas_threads else nullcontext()
+        return threads.blas_on_one_thread() if self.schedule.holds_blas else nullcontext()
 
     def _pack(self, params: list[Layer]) -> None:
         """[W_l b_l] in one array, negated where the activation wants -Z."""
@@ -255,9 +255,9 @@ class TiledRun:
         sums = tile.sums.arrays
         for l, D in self._backward(tile, weights):
             if l > 0 or tile.X is not None:
-                np.dot(D, tile.below[l].T, sums[l])
+                self.dot(D, tile.below[l].T, sums[l])
             else:
-                np.dot(D, X, sums[0])
+                self.dot(D, X, sums[0])
                 np.dot(D, tile.ones, tile.sums.layers[0].b)
         return loss
 
@@ -267,10 +267,10 @@ class TiledRun:
         for l, packed in enumerate(self.packed.arrays):
             Z = tile.Z[l]
             if l == 0 and tile.X is None:
-                np.dot(packed, X.T, Z)
+                self.dot(packed, X.T, Z)
                 np.add(Z, self.packed.layers[0].b[:, None], Z)
             else:
-                np.dot(packed, tile.below[l], Z)
+                self.dot(packed, tile.below[l], Z)
             row = self.rows[l]
             if row is None:
                 tile.H[l][...] = self.spec.activations[l].f(np, Z)
@@ -304,7 +304,7 @@ class TiledRun:
             yield l, D
             if l > 0:
                 # With one output this product is an outer one, at which BLAS is slow.
-                multiply = np.multiply if len(D) == 1 else np.dot
+                multiply = np.multiply if len(D) == 1 else self.dot
                 multiply(weights[l].T, D, tile.D[l - 1])
 
     def for_each_sweep(
