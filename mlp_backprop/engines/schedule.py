@@ -72,7 +72,7 @@ def make_schedule(spec: Spec, n: int, itemsize: int) -> Schedule:
     tile_rows = max(1, min(tile_rows, n))
 
     n_tiles = max(1, -(-n // tile_rows))
-    n_chunks = min(MAX_CHUNKS, CHUNK_BYTES // (8 * sum(products))) if tile_threads else 1
+    n_chunks = most_chunks(spec, 8) if tile_threads else 1
     largest = tile_rows * max(products)
     return Schedule(
         tile_rows=tile_rows,
@@ -82,6 +82,12 @@ def make_schedule(spec: Spec, n: int, itemsize: int) -> Schedule:
         shares_products=wide and largest > SHARED_PRODUCT,
         tile_threads=tile_threads,
     )
+
+
+def most_chunks(spec: Spec, itemsize: int) -> int:
+    """How many sums of gradients may be held at a time."""
+    weights = sum((a + 1) * b for a, b in pairwise(spec.sizes))
+    return max(1, min(MAX_CHUNKS, CHUNK_BYTES // (itemsize * weights)))
 
 
 def _within(limits: tuple[int, int], rows: int) -> int:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from oracles import make_problem
 
 from mlp_backprop import (
@@ -42,9 +42,9 @@ from mlp_backprop import (
     vjp,
 )
 from mlp_backprop.derivatives import products
-from mlp_backprop.engines import numpy_products, numpy_tiles, threads
+from mlp_backprop.engines import numpy_products, numpy_tiles, schedule, threads
 from mlp_backprop.engines.threads import blas_on_one_thread, run_chunks
-from mlp_backprop.maths import samples, tangents
+from mlp_backprop.maths import row_blocks, samples, tangents
 from mlp_backprop.types import flat
 
 # A wide net, and others with products of a size that BLAS would divide.
@@ -459,6 +459,69 @@ def test_a_limit_of_the_users_that_ended_meanwhile_does_not_come_back(blas_threa
     with blas_on_one_thread():
         limit.restore_original_limits()
     assert blas_threads() == {2}
+
+
+# Blocks of rows -----------------------------------------------------------------------------------
+
+MANY = make_problem((20, 30, 4), n=500)
+IN_BLOCKS = {
+    "forward": lambda: forward(MANY.params, MANY.X),
+    "input_grads": lambda: input_grads(MANY.params, MANY.X, MANY.y),
+    "jacobian": lambda: jacobian(MANY.params, MANY.X),
+    "laplacian": lambda: laplacian(MANY.params, MANY.X),
+    "sobolev_grads": lambda: sobolev_grads(
+        MANY.params, MANY.X, MANY.y, np.zeros((500, 4, 20)), activation="tanh"
+    ),
+    "jvp": lambda: jvp(MANY.params, MANY.X, MANY.params),
+    "vjp": lambda: vjp(MANY.params, MANY.X, MANY.y),
+    "ntk": lambda: ntk(MANY.params, MANY.X[:60], MANY.X[:7]),
+}
+
+
+@pytest.mark.parametrize("name", IN_BLOCKS)
+def test_no_number_of_threads_changes_a_bit_of_blocks(name, blas_threads, monkeypatch):
+    whole = IN_BLOCKS[name]()
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 20_000)
+    workers, results = [], []
+
+    def counting(task, n_chunks, n_workers):
+        assert n_chunks > 2
+        assert blas_threads() == {1}
+        workers.append(n_workers)
+        run_chunks(task, n_chunks, n_workers)
+
+    monkeypatch.setattr(threads, "run_chunks", counting)
+    for setting in ("1", "2", "7"):
+        monkeypatch.setenv(threads.VARIABLE, setting)
+        results.append(arrays_of(IN_BLOCKS[name]()))
+    assert workers == [1, 2, 7]
+    assert blas_threads() == {2}
+    for result in results:
+        for A, first, all_rows in zip(result, results[0], arrays_of(whole), strict=True):
+            assert_array_equal(A, first)
+            assert_allclose(A, all_rows, rtol=1e-10, atol=1e-10)
+
+
+def test_no_thread_over_blocks_warns_of_infinities(monkeypatch):
+    # NumPy's settings of what to warn of are each thread's own.
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 1000)
+    monkeypatch.setenv(threads.VARIABLE, "4")
+    X = np.tile([np.inf, -np.inf], (500, 10))
+    jvp(SMALL.params, X, SMALL.params)
+
+
+def test_sums_over_blocks_are_few(monkeypatch):
+    # Of each thread that adds some up, and no matter how many rows there are.
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(schedule, "CHUNK_BYTES", 8 * 3 * 800)
+    shares = []
+    monkeypatch.setattr(
+        threads,
+        "run_chunks",
+        lambda task, n_chunks, n: shares.append(n_chunks) or run_chunks(task, n_chunks, n),
+    )
+    vjp(MANY.params, MANY.X, MANY.y)
+    assert shares == [3]
 
 
 # compute_grads -----------------------------------------------------------------------------------
