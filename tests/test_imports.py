@@ -128,7 +128,11 @@ IMPORTS = {
         "engines.threads types",
         "numpy",
     ),
-    "engines.numpy_tiles": ("backprop engines.schedule engines.threads types", "numpy"),
+    "engines.shared_products": ("engines.schedule engines.threads types", "numpy"),
+    "engines.numpy_tiles": (
+        "backprop engines.schedule engines.shared_products engines.threads types",
+        "numpy",
+    ),
     "engines.compiled.engine": (
         "backprop edge.arguments edge.rules engines.compiled.jobs engines.compiled.kernels "
         "engines.compiled.layout engines.compiled.parts engines.compiled.rows "
@@ -136,8 +140,8 @@ IMPORTS = {
         "numpy",
     ),
     "engines.numpy_products": (
-        "backprop engines.numpy_tiles engines.schedule engines.threads maths.row_blocks "
-        "maths.tangents types",
+        "backprop engines.numpy_tiles engines.schedule engines.shared_products "
+        "engines.threads maths.row_blocks maths.tangents types",
         "numpy",
     ),
     "engines.choice": (

@@ -181,13 +181,13 @@ def ntk(params: Params, X1: ArrayLike, X2: ArrayLike, **options: Unpack[NetOptio
 
 def _kernel(spec: Spec, params: list[Layer], X1: Array, X2: Array) -> Array:
     xp, deltas = spec.xp, spec.sizes[-1] * tangents.row_numbers(spec)
-    cuts = list(row_blocks(xp, X2, deltas))
-    strips = []
-    with choice.undisturbed(spec):
-        for cut in row_blocks(xp, X1, deltas):
-            pairs = [(X1[cut, :], X2[other, :]) for other in cuts]
-            strips.append(xp.concat([hessians.kernel(spec, params, *p) for p in pairs], axis=2))
-    return concatenated(xp, strips)
+    others = list(row_blocks(xp, X2, deltas))
+
+    def strip(rows: slice) -> Array:
+        pairs = [(X1[rows, :], X2[other, :]) for other in others]
+        return xp.concat([hessians.kernel(spec, params, *pair) for pair in pairs], axis=2)
+
+    return concatenated(xp, choice.each_block(spec, X1, deltas, strip))
 
 
 @public

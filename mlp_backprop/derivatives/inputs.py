@@ -15,7 +15,7 @@ from mlp_backprop.edge.calls import public
 from mlp_backprop.edge.validation import Problem
 from mlp_backprop.engines import choice
 from mlp_backprop.maths import jets
-from mlp_backprop.maths.row_blocks import concatenated, row_blocks, rows_of
+from mlp_backprop.maths.row_blocks import concatenated, rows_of
 from mlp_backprop.types import Array, ArrayLike, Layer, NetOptions, Params, SumOptions
 
 
@@ -54,13 +54,15 @@ def input_grads(params: Params, X: ArrayLike, y: ArrayLike, **options: Unpack[Su
 
 def _input_grads(problem: Problem) -> Array:
     spec, layers, X, y, weight = problem
-    xp, parts = spec.xp, []
-    with choice.undisturbed(spec, X.shape[0]):
-        for rows in row_blocks(xp, X, 2 * sum(spec.sizes)):
-            Z, H = backprop.forward(spec, layers, X[rows, ...])
-            _, G = backprop.loss_and_output_grad(spec, H[-1], y[rows, ...], rows_of(weight, rows))
-            *_, (_, D) = backprop.backward(spec, layers, Z, H, G)
-            parts.append(D @ layers[0].W)
+    xp = spec.xp
+
+    def grads(rows: slice) -> Array:
+        Z, H = backprop.forward(spec, layers, X[rows, ...])
+        _, G = backprop.loss_and_output_grad(spec, H[-1], y[rows, ...], rows_of(weight, rows))
+        *_, (_, D) = backprop.backward(spec, layers, Z, H, G)
+        return D @ layers[0].W
+
+    parts = choice.each_block(spec, X, 2 * sum(spec.sizes), grads, rows=X.shape[0])
     divisor = backprop.divisor(spec, backprop.weight_sum(spec, X, weight))
     return xp.astype(concatenated(xp, parts) / divisor, spec.dtype, copy=False)
 
@@ -298,11 +300,11 @@ def _by_blocks(
     """A function of Z and H, row block by row block; so many arrays are beside them in a layer."""
     spec, layers, X, *_ = net
     row_numbers = 2 * sum(spec.sizes) + n_arrays * max(spec.sizes)
-    parts = []
-    with choice.undisturbed(spec):
-        for rows in row_blocks(spec.xp, X, row_numbers):
-            parts.append(derivative(*backprop.forward(spec, layers, X[rows, ...])))
-    return concatenated(spec.xp, parts)
+
+    def of_block(rows: slice) -> Array:
+        return derivative(*backprop.forward(spec, layers, X[rows, ...]))
+
+    return concatenated(spec.xp, choice.each_block(spec, X, row_numbers, of_block))
 
 
 def read_inputs(inputs: Any, width: int) -> list[int]:

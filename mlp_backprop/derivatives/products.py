@@ -3,7 +3,6 @@
 The mathematics stands in tangents.py: equations (V1) to (V6).
 """
 
-from functools import reduce
 from typing import Unpack
 
 from mlp_backprop import backprop
@@ -13,7 +12,7 @@ from mlp_backprop.edge.calls import public
 from mlp_backprop.edge.validation import Problem
 from mlp_backprop.engines import choice
 from mlp_backprop.losses import Loss
-from mlp_backprop.maths.row_blocks import added_layers, concatenated, row_blocks
+from mlp_backprop.maths.row_blocks import added_layers, concatenated
 from mlp_backprop.maths.tangents import KINDS, Kind, row_numbers, tangents
 from mlp_backprop.types import (
     Array,
@@ -76,13 +75,13 @@ def jvp(params: Params, X: ArrayLike, v: Params, **options: Unpack[NetOptions]) 
     """
     net = validation.network(params, X, **options)
     v = validation.like_params(v, "v", net, options.get("backend"))
-    blocks = []
-    with choice.undisturbed(net.spec, net.X.shape[0]):
-        for cut in row_blocks(net.spec.xp, net.X, row_numbers(net.spec)):
-            for step in tangents(net.spec, net.params, v, net.X[cut, :]):
-                dH = step.dH
-            blocks.append(dH)
-    return concatenated(net.spec.xp, blocks)
+
+    def change(rows: slice) -> Array:
+        *_, last = tangents(net.spec, net.params, v, net.X[rows, :])
+        return last.dH
+
+    numbers, n = row_numbers(net.spec), net.X.shape[0]
+    return concatenated(net.spec.xp, choice.each_block(net.spec, net.X, numbers, change, rows=n))
 
 
 @public
@@ -125,8 +124,8 @@ def vjp(params: Params, X: ArrayLike, u: ArrayLike, **options: Unpack[NetOptions
         block = net.X[rows, :], U[rows, :], None
         return backprop.loss_and_grad_sums(spec, net.params, *block).grads
 
-    with choice.undisturbed(spec, net.X.shape[0]):
-        total = reduce(added_layers, map(sums, row_blocks(spec.xp, net.X, row_numbers(spec))))
+    n = net.X.shape[0]
+    total = choice.block_sums(spec, net.X, row_numbers(spec), sums, added_layers, rows=n)
     return backprop.reduced(spec, Sums(0.0, 1.0, total)).grads
 
 

@@ -5,7 +5,7 @@ derivatives of the loss with respect to all of them come back.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any, Unpack
@@ -21,7 +21,13 @@ from mlp_backprop.edge.validation import Problem
 from mlp_backprop.engines import choice
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.maths import jets
-from mlp_backprop.maths.row_blocks import added_blocks, concatenated, row_blocks, rows_of
+from mlp_backprop.maths.row_blocks import (
+    added_blocks,
+    added_pairs,
+    concatenated,
+    row_blocks,
+    rows_of,
+)
 from mlp_backprop.types import (
     Array,
     ArrayLike,
@@ -99,9 +105,9 @@ def _sobolev_grads(problem: Problem, dy: Array, slope_weight: float) -> LossAndG
         block = X[rows, ...], y[rows, ...], dy[rows, ...]
         return _sobolev_sums(spec, layers, *block, slope_weight, rows_of(weight, rows))
 
-    blocks = _blocks(spec, X, 2 * min(spec.sizes[0], spec.sizes[-1]))
-    with choice.undisturbed(spec):
-        return _reduced(spec, map(sums, blocks), X, weight)
+    row_numbers = _row_numbers(spec, 2 * min(spec.sizes[0], spec.sizes[-1]))
+    total = choice.block_sums(spec, X, row_numbers, sums, added_pairs)
+    return _reduced(spec, total, X, weight)
 
 
 def _sobolev_sums(
@@ -229,7 +235,7 @@ def _residual_grads(
             Z, H = backprop.forward(spec, layers, X[rows, ...])
             return Z, H, list(jets.levels(spec, layers, Z, H, V, q))
 
-    blocks, outputs = list(_blocks(spec, X, 2 * n_in + 2)), []
+    blocks, outputs = list(row_blocks(xp, X, _row_numbers(spec, 2 * n_in + 2))), []
     for rows in blocks:
         last = jet(rows)
         _, H, tape = last
@@ -246,7 +252,7 @@ def _residual_grads(
             grads = jets.grad_sums(spec, layers, Z, H, tape, G[rows, ...], Gt, rows_of(Gs, rows), c)
         return xp.sum(values[rows]), grads
 
-    return _reduced(spec, map(block_sums, blocks), X, weight)
+    return _reduced(spec, added_blocks(map(block_sums, blocks)), X, weight)
 
 
 def _check_smooth(activations: Activations) -> None:
@@ -316,15 +322,15 @@ def _checked_weight(slope_weight: object) -> float:
     return float(slope_weight)
 
 
-def _blocks(spec: Spec, X: Array, n_arrays: int) -> Iterable[slice]:
-    """Blocks of rows, for a tape of Z_l, H_l and so many more arrays of each layer."""
-    return row_blocks(spec.xp, X, (2 + n_arrays) * sum(spec.sizes))
+def _row_numbers(spec: Spec, n_arrays: int) -> int:
+    """What a tape keeps of a row: Z_l, H_l and so many more arrays of each layer."""
+    return (2 + n_arrays) * sum(spec.sizes)
 
 
 def _reduced(
-    spec: Spec, blocks: Iterable[tuple[Array, list[Layer]]], X: Array, weight: Array | None
+    spec: Spec, total: tuple[Array, list[Layer]], X: Array, weight: Array | None
 ) -> LossAndGrads:
-    """Losses and gradients of all blocks, added, and divided once."""
-    loss, grads = added_blocks(blocks)
+    """Loss and gradients of all blocks, divided once."""
+    loss, grads = total
     sums = Sums(loss, backprop.weight_sum(spec, X, weight), grads)
     return backprop.reduced(spec, sums)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,14 +29,15 @@ from mlp_backprop.edge.backends import library_name
 from mlp_backprop.edge.kinds import Known
 from mlp_backprop.edge.rules import check_values
 from mlp_backprop.engines import numpy_products, numpy_tiles, threads
-from mlp_backprop.engines.schedule import SMALLEST_DIVIDED_PRODUCT
+from mlp_backprop.engines.schedule import SMALLEST_DIVIDED_PRODUCT, most_chunks
 from mlp_backprop.maths import samples, tangents
-from mlp_backprop.maths.row_blocks import added_layers, row_blocks, rows_of
+from mlp_backprop.maths.row_blocks import added_layers, concatenated, row_blocks, rows_of
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.maths.tangents import Kind
 from mlp_backprop.types import Array, Layer, Layers, LossAndGrads
 
 Run = Callable[..., LossAndGrads]  # as above
+Part = TypeVar("Part")  # of a result: that of one block of rows
 
 
 class Pass:
@@ -156,12 +157,74 @@ def derivation(
 
 
 def undisturbed(spec: Spec, rows: float = math.inf) -> AbstractContextManager[None]:
-    """For the derivation on NumPy's arrays: nobody holds BLAS while it forms products of so many
-    rows; those too small to be divided among threads need not wait for it."""
+    """For the derivation on NumPy's arrays: BLAS is held at one thread while it forms products of
+    so many rows, unless all are too small to be divided among threads anyway."""
     largest = rows * max((a + 1) * b for a, b in pairwise(spec.sizes))
     if spec.xp is not np or largest <= SMALLEST_DIVIDED_PRODUCT:
         return nullcontext()
-    return threads.blas_on_its_threads()
+    return threads.blas_on_one_thread()
+
+
+def each_block(
+    spec: Spec,
+    X: Array,
+    row_numbers: int,
+    derivative: Callable[[slice], Part],
+    rows: float = math.inf,
+) -> list[Part]:
+    """derivative(rows) for all blocks of rows, in their order; NumPy's are shared among threads.
+
+    A pass keeps so many numbers of each row, and its products have so many rows at most.
+    """
+    blocks = row_blocks(spec.xp, X, row_numbers)
+    return _all_of(spec, [partial(derivative, block) for block in blocks], rows)
+
+
+def block_sums(
+    spec: Spec,
+    X: Array,
+    row_numbers: int,
+    sums: Callable[[slice], Part],
+    add: Callable[[Part, Part], Part],
+    rows: float = math.inf,
+) -> Part:
+    """The same, added up: in an order that the shapes decide, and with bounded memory for sums."""
+    blocks = list(row_blocks(spec.xp, X, row_numbers))
+    n_shares = 1 if spec.xp is not np else most_chunks(spec, np.dtype(spec.dtype).itemsize)
+    shares = [blocks[i::n_shares] for i in range(min(n_shares, len(blocks)))]
+
+    def share_sums(share: list[slice]) -> Part:
+        return reduce(add, map(sums, share))
+
+    return reduce(add, _all_of(spec, [partial(share_sums, share) for share in shares], rows))
+
+
+def _all_of(spec: Spec, parts: list[Callable[[], Part]], rows: float) -> list[Part]:
+    if spec.xp is not np or len(parts) == 1:
+        with undisturbed(spec, rows):
+            return [part() for part in parts]
+    results: dict[int, Part] = {}
+
+    @np.errstate(all="ignore")  # which the pool's threads do not inherit
+    def compute(i: int, worker: int) -> None:
+        results[i] = parts[i]()
+
+    with threads.blas_on_one_thread():
+        n_workers = threads.thread_count() if threads.can_limit_blas() else 1
+        threads.run_chunks(compute, len(parts), n_workers)
+    return [results[i] for i in range(len(parts))]
+
+
+def outputs(spec: Spec, params: list[Layer], X: Array) -> Array:
+    """H_L of all rows."""
+
+    def of_block(rows: slice) -> Array:
+        return backprop.forward(spec, params, X[rows, ...])[1][-1]
+
+    if spec.xp is not np:
+        return of_block(slice(None))
+    blocks = each_block(spec, X, 2 * sum(spec.sizes), of_block, rows=X.shape[0])
+    return concatenated(np, blocks)
 
 
 def is_for_numpy(spec: Spec) -> bool:

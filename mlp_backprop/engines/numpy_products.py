@@ -7,8 +7,8 @@ products. What (V1) and (V4) add is stacked here, so that one product of matrice
     dG_{l-1} = [W_l; V_l]ᵀ [dD_l; D_l]
 
 Nor is f'' formed where f'' ∘ dZ follows from dH = f' ∘ dZ. The cut into tiles, and the order in
-which they are added, are those of the shapes: threads over tiles change no bit of the result. Wide
-nets and short passes are left to BLAS's threads, as in numpy_tiles.py.
+which they are added, are those of the shapes: threads over tiles, or over the products of wide
+nets, change no bit of the result.
 """
 
 import threading
@@ -26,12 +26,13 @@ from mlp_backprop.engines.numpy_tiles import IN_PLACE, InPlace
 from mlp_backprop.engines.schedule import (
     SECONDS_PER_ELEMENT,
     SECONDS_PER_FLOP,
-    SHORT_PASS,
+    SHARED_PRODUCT,
     SMALLEST_DIVIDED_PRODUCT,
     VIEW_WIDTH,
     WIDE_TILE_BYTES,
     WIDE_WEIGHTS,
 )
+from mlp_backprop.engines.shared_products import Dot, shared_dot
 from mlp_backprop.maths.row_blocks import added_layers
 from mlp_backprop.maths.tangents import Kind
 from mlp_backprop.types import Array, Layer
@@ -40,6 +41,7 @@ from mlp_backprop.types import Array, Layer
 TILE_BYTES = 2 << 20
 LEAST_ROWS = 512
 MAX_SHARES = 32  # of the tiles, each added up by one thread
+SHORT_PASS = 1e-2  # seconds of one thread: below, threads gain no more than the shares cost
 EFFORT = 3  # a product takes about this many times as long as schedule.py reckons for a gradient
 
 
@@ -133,10 +135,11 @@ def tiled_product_sums(
     weight: Array | None,
 ) -> list[Layer]:
     """As that of tangents.py, for any number of rows."""
-    run = ProductRun(spec, kind, params, v)
     rows, with_threads = cut(spec, len(X))
+    shares_products = not with_threads and largest_product(spec, rows) > SHARED_PRODUCT
+    run = ProductRun(spec, kind, params, v, shared_dot if shares_products else np.dot)
     if rows >= len(X):
-        with blas(spec, rows, with_threads):
+        with blas(spec, rows):
             return run(X, y, weight)
     starts = range(0, len(X), rows)
     shares = [starts[i::MAX_SHARES] for i in range(min(MAX_SHARES, len(starts)))]
@@ -149,7 +152,7 @@ def tiled_product_sums(
             sums = run(X[part], y[part], None if weight is None else weight[part])
             totals[share] = added_layers(totals[share], sums) if totals[share] else sums
 
-    with blas(spec, rows, with_threads):
+    with blas(spec, rows):
         n_workers = threads.thread_count() if with_threads else 1
         threads.run_chunks(run_share, len(shares), n_workers)
     return reduce(added_layers, totals)
@@ -161,7 +164,7 @@ def cut(spec: Spec, n: int) -> tuple[int, bool]:
     weights = sum((n_in + 1) * n_out for n_in, n_out in pairwise(spec.sizes))
     units = sum(spec.sizes[1:])
     seconds = EFFORT * n * (6 * weights * SECONDS_PER_FLOP + units * SECONDS_PER_ELEMENT)
-    # The products of wide nets, and of short passes, are better shared out by BLAS.
+    # Of wide nets it is better to share out products.
     worth = weights <= WIDE_WEIGHTS and seconds * itemsize / 4 > SHORT_PASS
     n_tiles = -(-7 * units * itemsize * n // (TILE_BYTES if worth else WIDE_TILE_BYTES))
     if worth:
@@ -170,22 +173,24 @@ def cut(spec: Spec, n: int) -> tuple[int, bool]:
     return -(-n // n_tiles), worth and threads.can_limit_blas()
 
 
-def blas(spec: Spec, rows: int, with_threads: bool) -> AbstractContextManager[None]:
-    """BLAS on one thread if others work beside; on its own for what it divides among them."""
-    if with_threads:
-        return threads.blas_on_one_thread()
-    # The largest product has the rows of [V c W] and the columns of [H; 1; dH].
-    divides = (
-        rows * max(2 * (a + 1) * b for a, b in pairwise(spec.sizes)) > SMALLEST_DIVIDED_PRODUCT
-    )
-    return threads.blas_on_its_threads() if divides else nullcontext()
+def largest_product(spec: Spec, rows: int) -> int:
+    """Multiply-adds: the rows of [V c W] times the columns of [H; 1; dH]."""
+    return rows * max(2 * (a + 1) * b for a, b in pairwise(spec.sizes))
+
+
+def blas(spec: Spec, rows: int) -> AbstractContextManager[None]:
+    """BLAS held at one thread, unless no product is large enough for it to divide."""
+    divides = largest_product(spec, rows) > SMALLEST_DIVIDED_PRODUCT
+    return threads.blas_on_one_thread() if divides else nullcontext()
 
 
 class ProductRun:
     """The product for a tile of rows, with the factors of every layer stacked."""
 
-    def __init__(self, spec: Spec, kind: Kind, params: list[Layer], v: list[Layer]) -> None:
-        self.spec, self.kind = spec, kind
+    def __init__(
+        self, spec: Spec, kind: Kind, params: list[Layer], v: list[Layer], dot: Dot
+    ) -> None:
+        self.spec, self.kind, self.dot = spec, kind, dot
         self.in_place = [IN_PLACE.get(row.name) for row in spec.activations]
         self.factors = [_stacked(*layers) for layers in zip(params, v, self.in_place, strict=True)]
         self.formed_in_place = tuple(row is not None for row in self.in_place)
@@ -210,11 +215,11 @@ class ProductRun:
             B, d = tile.below[l], Wb.shape[1] - 1
             if len(B) == 1:  # X is not copied: only the ones are here
                 for factor, product in ((Wb, Z), (VcW, dH)):
-                    factor[:, :d].dot(X.T, product)
+                    self.dot(factor[:, :d], X.T, product)
                     np.add(product, factor[:, d : d + 1], product)
             else:
-                Wb.dot(B[: d + 1], Z)
-                VcW[:, : len(B)].dot(B, dH)
+                self.dot(Wb, B[: d + 1], Z)
+                self.dot(VcW[:, : len(B)], B, dH)
             row, activation = self.in_place[l], self.spec.activations[l]
             if row is None:
                 H[...] = activation.f(np, Z)
@@ -247,16 +252,16 @@ class ProductRun:
             d_out, d_in = len(both) // 2, WV.shape[1]
             dD, D, W = both[:d_out], both[d_out:], WV[:d_out]
             if len(B) == 1:
-                sums.append(Layer(dD.dot(X), dD.dot(tile.ones)))
+                sums.append(Layer(self.dot(dD, X), np.dot(dD, tile.ones)))
                 break
-            Wb = dD.dot(B[: d_in + 1].T)
+            Wb = self.dot(dD, B[: d_in + 1].T)
             if l > 0:
                 below = tile.deltas[l - 1]
                 # With one output this product is an outer one, at which BLAS is slow.
-                multiply = np.multiply if d_out == 1 else np.dot
+                multiply = np.multiply if d_out == 1 else self.dot
                 if self.kind.is_hessian:
-                    Wb[:, :-1] += D.dot(B[d_in + 1 :].T)
-                    WV.T.dot(both, below[:d_in])
+                    Wb[:, :-1] += self.dot(D, B[d_in + 1 :].T)
+                    self.dot(WV.T, both, below[:d_in])
                     multiply(W.T, D, below[d_in:])
                 else:
                     multiply(W.T, dD, below[:d_in])

@@ -21,6 +21,7 @@ from mlp_backprop import backprop
 from mlp_backprop.backprop import Spec, Sums
 from mlp_backprop.engines import threads
 from mlp_backprop.engines.schedule import make_schedule
+from mlp_backprop.engines.shared_products import shared_dot
 from mlp_backprop.types import Array, DType, Layer, Layers, LossAndGrads
 
 
@@ -152,6 +153,7 @@ class TiledRun:
     def __init__(self, spec: Spec, n: int, in_place: Mapping[str, InPlace] = IN_PLACE) -> None:
         self.spec = spec
         self.schedule = make_schedule(spec, n, np.dtype(spec.dtype).itemsize)
+        self.dot = shared_dot if self.schedule.shares_products else np.ndarray.dot
         self.rows = [in_place.get(row.name) for row in spec.activations]
         self.packed = Stacks(spec, self.schedule.copies_X, spec.dtype)
         self.one = np.ones((), spec.dtype)
@@ -180,9 +182,7 @@ class TiledRun:
         return Sums(loss, weight_sum, sums.layers)
 
     def _blas(self) -> AbstractContextManager[None]:
-        if self.schedule.holds_blas:
-            return threads.blas_on_one_thread()
-        return threads.blas_on_its_threads() if self.schedule.blas_threads else nullcontext()
+        return threads.blas_on_one_thread() if self.schedule.holds_blas else nullcontext()
 
     def _factors(self, params: Layers) -> Factors:
         """[W_l b_l] in one array, but for a wide first layer: that is the largest."""
@@ -264,10 +264,10 @@ class TiledRun:
         sums = tile.sums.arrays
         for l, D in self._backward(tile, factors.weights):
             if l > 0 or tile.X is not None:
-                D.dot(tile.below[l].T, sums[l])
+                self.dot(D, tile.below[l].T, sums[l])
             else:
-                D.dot(X, sums[0])
-                D.dot(tile.ones, tile.sums.layers[0].b)
+                self.dot(D, X, sums[0])
+                np.dot(D, tile.ones, tile.sums.layers[0].b)
         return loss
 
     def _forward(self, tile: Tile, factors: Factors, X: Array) -> None:
@@ -276,10 +276,10 @@ class TiledRun:
         for l, packed in enumerate(factors.packed):
             Z = tile.Z[l]
             if l == 0 and tile.X is None:
-                packed.dot(X.T, Z)
+                self.dot(packed, X.T, Z)
                 np.add(Z, factors.b_1[:, None], Z)
             else:
-                packed.dot(tile.below[l], Z)
+                self.dot(packed, tile.below[l], Z)
             row = self.rows[l]
             if row is None:
                 tile.H[l][...] = self.spec.activations[l].f(np, Z)
@@ -314,10 +314,8 @@ class TiledRun:
             yield l, D
             if l > 0:
                 # With one output this product is an outer one, at which BLAS is slow.
-                if len(D) == 1:
-                    np.multiply(weights[l].T, D, tile.D[l - 1])
-                else:
-                    weights[l].T.dot(D, tile.D[l - 1])
+                multiply = np.multiply if len(D) == 1 else self.dot
+                multiply(weights[l].T, D, tile.D[l - 1])
 
     def for_each_sweep(
         self,

@@ -1,11 +1,14 @@
-"""Threads for engines that walk blocks of rows: one shared pool, and who may use BLAS's threads.
+"""Threads for engines that walk blocks of rows: one shared pool, and BLAS held to one thread.
 
 The work is cut into chunks by its shape alone; threads only decide who takes which chunk, so that
 no setting changes a bit of the result. The calling thread works too: calls from many threads at
 once make progress without waiting for the pool.
+
+BLAS's own threads are never used. They meet many times within a product, and where a core is busy
+with something else each meeting may wait for the scheduler: products were seen to take ten to a
+hundred times as long. A thread that takes chunks from a queue delays nobody but by its last chunk.
 """
 
-import math
 import os
 import threading
 from collections import deque
@@ -13,13 +16,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from functools import cache, partial
-from itertools import takewhile
 from typing import Any
 
 # How many threads a call may use, its own included; read at every call.
 VARIABLE = "MLP_BACKPROP_NUM_THREADS"
 
 _lock = threading.Lock()
+_holding = threading.RLock()  # for a signal may interrupt who has it
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -96,84 +99,56 @@ def _shared_pool() -> ThreadPoolExecutor:
         return _pool
 
 
-# The limit on BLAS is one for the process, and the bits of a large product depend on it. So those
-# who want BLAS on one thread, and those who leave products to its threads, take turns, in the order
-# in which they came; any number who want the same are inside at a time. By thread, what it wants:
-_turns = threading.Condition()
-_waiting: dict[int, float] = {}
-_inside: dict[int, float] = {}
-_limited: dict[Any, tuple[int, int]] = {}  # BLAS libraries: the limit that was set, and before
+# How many threads BLAS has is one number for the process. It is held at one while anybody is here:
+_inside: set[int] = set()  # threads
+_limited: dict[Any, int] = {}  # BLAS libraries: how many threads each had
 
 
 def blas_on_one_thread() -> AbstractContextManager[None]:
     """Hold BLAS to one thread; without threadpoolctl, do nothing."""
-    return _Turn(1)
+    return _Hold()
 
 
-def blas_on_its_threads() -> AbstractContextManager[None]:
-    """Leave products to BLAS's threads, but to no more than a call may use."""
-    return _Turn(thread_count() if VARIABLE in os.environ else math.inf)
-
-
-class _Turn(AbstractContextManager[None]):
-    """BLAS limited for this thread. (A generator would take twice as long to enter and leave.)"""
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
+class _Hold(AbstractContextManager[None]):
+    """BLAS held by this thread. (A generator would take twice as long to enter and leave.)"""
 
     def __enter__(self) -> None:
         self.me = threading.get_ident()
-        self.outer = _inside.get(self.me)  # of a call that this one interrupts, by a signal
-        self.is_needed = self.outer != self.limit and bool(_blas_libraries())
+        # A call that this one interrupts, by a signal, holds BLAS already.
+        self.is_needed = self.me not in _inside and bool(_blas_libraries())
         if self.is_needed:
             try:
-                if self.outer is not None:
-                    _leave(self.me)
-                _enter(self.me, self.limit)
+                _hold(self.me)
             except BaseException:
                 self.__exit__()
                 raise
 
     def __exit__(self, *_: object) -> None:
         if self.is_needed:
-            _to_the_end(partial(_leave, self.me))
-            if self.outer is not None:
-                _enter(self.me, self.outer)
+            _to_the_end(partial(_let_go, self.me))
 
 
-def _enter(me: int, limit: float) -> None:
-    with _turns:
-        if _waiting or _inside:
-            _waiting[me] = limit
-            _turns.wait_for(partial(_may_enter, me, limit))
-            del _waiting[me]
-        _inside[me] = limit
-        for library in _blas_libraries() if limit < math.inf else ():
+def _hold(me: int) -> None:
+    with _holding:
+        is_first = not _inside
+        _inside.add(me)
+        for library in _blas_libraries() if is_first else ():
             n_threads = library.get_num_threads()
-            if n_threads > limit:
-                _limited.setdefault(library, (int(limit), n_threads))
-                _set_blas_threads(library, int(limit))
+            if n_threads > 1:
+                _limited[library] = n_threads
+                _set_blas_threads(library, 1)
 
 
-def _may_enter(me: int, limit: float) -> bool:
-    """Whether all inside, and all who came before, want the same."""
-    before = takewhile(lambda other: other != me, _waiting)
-    return {*_inside.values(), *map(_waiting.__getitem__, before)} <= {limit}
-
-
-def _leave(me: int) -> None:
-    with _turns:
-        _waiting.pop(me, None)
-        _inside.pop(me, None)
+def _let_go(me: int) -> None:
+    with _holding:
+        _inside.discard(me)
         if not _inside:
             _restore_blas()
-        if _waiting:
-            _turns.notify_all()
 
 
 def _restore_blas() -> None:
-    for library, (limit, before) in _limited.items():
-        if library.get_num_threads() == limit:  # else somebody else has set it since
+    for library, before in _limited.items():
+        if library.get_num_threads() == 1:  # else somebody else has set it since
             _set_blas_threads(library, before)
     _limited.clear()
 
@@ -204,9 +179,8 @@ def can_limit_blas() -> bool:
 
 def _after_fork() -> None:
     """A forked child has none of its parent's threads, and no caller inside the limit."""
-    global _lock, _pool, _turns
-    _lock, _pool, _turns = threading.Lock(), None, threading.Condition()
-    _waiting.clear()
+    global _lock, _pool, _holding
+    _lock, _pool, _holding = threading.Lock(), None, threading.RLock()
     _inside.clear()
     _restore_blas()
 

@@ -41,4 +41,11 @@ def added_layers(layers: Layers, more: Layers) -> Layers:
 
 def added_blocks(blocks: Iterable[tuple[Array, Layers]]) -> tuple[Array, Layers]:
     """The losses and gradients of all blocks, added."""
-    return reduce(lambda a, b: (a[0] + b[0], added_layers(a[1], b[1])), blocks)
+    return reduce(added_pairs, blocks)
+
+
+def added_pairs(
+    pair: tuple[Array, list[Layer]], more: tuple[Array, list[Layer]]
+) -> tuple[Array, list[Layer]]:
+    """Losses and gradients of two blocks as those of both."""
+    return pair[0] + more[0], added_layers(pair[1], more[1])

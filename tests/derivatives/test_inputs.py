@@ -29,6 +29,7 @@ from mlp_backprop.derivatives.inputs import (
     laplacian,
 )
 from mlp_backprop.edge import backends
+from mlp_backprop.engines import threads
 from mlp_backprop.maths import jets, row_blocks
 
 # torch.func itself uses what torch has deprecated.
@@ -383,6 +384,7 @@ def test_a_relu_net_has_no_second_derivative(name):
 
 def test_memory_is_that_of_a_block(of_outputs, monkeypatch):
     n = 8_000
+    monkeypatch.setenv(threads.VARIABLE, "1")  # each has one
     monkeypatch.setattr(row_blocks, "BLOCK_BYTES", row_blocks.BLOCK_BYTES // 5)
     problem = make_problem((3, 64, 64, 1), n)
     sizes = [run(of_outputs, problem).nbytes, run_grads(problem).nbytes]

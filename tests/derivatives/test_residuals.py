@@ -22,6 +22,7 @@ from mlp_backprop.activations import ACTIVATIONS as ROWS
 from mlp_backprop.derivatives.inputs import input_hessian_diag, jacobian, laplacian
 from mlp_backprop.derivatives.residuals import residual_grads, sobolev_grads
 from mlp_backprop.edge import backends
+from mlp_backprop.engines import threads
 from mlp_backprop.maths import jets, row_blocks
 
 # torch.func itself uses what torch has deprecated.
@@ -433,6 +434,7 @@ def test_overflow_is_silent_but_for_the_residuals_own():
 
 def test_memory_is_that_of_a_block(monkeypatch):
     n = 8_000
+    monkeypatch.setenv(threads.VARIABLE, "1")  # each has one
     monkeypatch.setattr(row_blocks, "BLOCK_BYTES", row_blocks.BLOCK_BYTES // 5)
     problem = make_problem((3, 64, 64, 1), n)
     dy = slopes(problem)

@@ -25,7 +25,7 @@ from mlp_backprop.types import flat
 
 TILE, CHUNK = 4, 12
 ALL_THREADED = {"tile_threads": True, "holds_blas": True}
-LEFT_TO_BLAS = {"tile_threads": False, "holds_blas": False, "chunk_rows": 1000 * TILE}
+ONE_CHUNK = {"tile_threads": False, "holds_blas": True, "chunk_rows": 1000 * TILE}
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_every_activation_and_loss(n_in, activation, loss, dtype, tolerance, cut
     assert_like_derivation(problem, tolerance, dtype)
 
 
-@pytest.mark.parametrize("parts", [ALL_THREADED, LEFT_TO_BLAS])
+@pytest.mark.parametrize("parts", [ALL_THREADED, ONE_CHUNK])
 @pytest.mark.parametrize("sizes", [(3, 2), (1, 1), (2, 1, 3), (4, 1), (70, 3, 1), (70, 2), (16, 1)])
 @pytest.mark.parametrize("n", [1, TILE - 1, TILE, TILE + 1, CHUNK, CHUNK + 1, 5 * CHUNK + TILE + 3])
 def test_rows_around_the_borders(n, sizes, parts, cut):
@@ -244,6 +244,7 @@ def test_small_terms_are_not_lost_beside_a_large_one(chunk_rows, cut):
 
 # One bit for every number of threads -------------------------------------------------------------
 
+WIDE = (64, 200, 100, 10)
 NETS = [(2, 10, 5, 1), (1, 8), (1, 15), (8, 1), (15, 1), (70, 3, 1), (64, 64, 64, 1)]
 
 
@@ -261,14 +262,11 @@ def test_no_number_of_threads_changes_a_bit(sizes, dtype, cut, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("sizes", NETS)
+@pytest.mark.parametrize("sizes", [*NETS, WIDE])
 @pytest.mark.parametrize("n", [500, 1024, 2048, 20_000])
 def test_no_setting_of_blas_changes_a_bit(n, sizes, dtype):
     threadpoolctl = pytest.importorskip("threadpoolctl")
     problem = make_problem(sizes, n, dtype=dtype)
-    plan = numpy_tiles.prepare(checked(problem)[0], n)
-    if not plan.schedule.holds_blas and max(sizes) > 15:
-        pytest.skip("the products of this shape are left to BLAS")
     results = []
     for n_threads in (1, 2, 4):
         with threadpoolctl.threadpool_limits(n_threads, user_api="blas"):
@@ -277,16 +275,31 @@ def test_no_setting_of_blas_changes_a_bit(n, sizes, dtype):
         assert_same_bits(result, results[0])
 
 
-def test_wide_nets_repeat_bit_for_bit(cut):
-    cut(tile_rows=256, **LEFT_TO_BLAS | {"chunk_rows": 1024})
-    problem = make_problem((64, 200, 100, 10), 1000, dtype=np.float32)
-    assert_same_bits(run(problem), run(problem))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_number_of_threads_changes_a_bit_of_shared_products(dtype, monkeypatch):
+    pytest.importorskip("threadpoolctl", reason="else one thread does it all")
+    problem = make_problem(WIDE, 5000, dtype=dtype, weighted=True)
+    assert numpy_tiles.prepare(checked(problem)[0], 5000).schedule.shares_products
+    run_chunks, workers, results = threads.run_chunks, set(), []
+
+    def counting(task, n_chunks, n_workers):
+        workers.add(n_workers)
+        run_chunks(task, n_chunks, n_workers)
+
+    for setting in (1, 2, 3, 7):
+        monkeypatch.setenv(threads.VARIABLE, str(setting))
+        with monkeypatch.context() as patch:
+            patch.setattr(threads, "run_chunks", counting)
+            results.append(run(problem))
+    assert workers == {1, 2, 3, 7}
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
 
 
 # The workspace -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [ALL_THREADED, LEFT_TO_BLAS])
+@pytest.mark.parametrize("parts", [ALL_THREADED, ONE_CHUNK])
 def test_a_plan_serves_any_number_of_rows(parts, cut):
     cut(tile_rows=TILE, **{"chunk_rows": CHUNK} | parts)
     spec, *arrays = checked(make_problem((20, 5, 2, 4), 50, weighted=True))

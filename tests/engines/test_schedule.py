@@ -41,11 +41,12 @@ def test_chunks_are_whole_tiles_and_few(sizes, n, itemsize):
 
 
 @pytest.mark.parametrize("sizes", WIDE)
-def test_wide_nets_leave_the_threads_to_blas(sizes):
+def test_wide_nets_share_out_their_products(sizes):
     cut = schedule.make_schedule(spec_of(sizes), 100_000, 4)
-    assert not cut.holds_blas
+    assert cut.shares_products
     assert not cut.tile_threads
     assert cut.chunk_rows >= 100_000
+    assert not schedule.make_schedule(spec_of(sizes), 1, 4).shares_products
 
 
 @pytest.mark.parametrize("sizes", NARROW)
@@ -55,13 +56,19 @@ def test_narrow_nets_share_out_many_rows(sizes):
     assert cut.chunk_rows < 1_000_000
 
 
-def test_products_worth_sharing_are_left_to_blas_while_a_pass_is_short():
-    short = schedule.make_schedule(spec_of((64, 64, 64, 1)), 1024, 4)
-    assert not short.holds_blas
-    assert not short.tile_threads
-    long = schedule.make_schedule(spec_of((64, 64, 64, 1)), 100_000, 4)
-    assert long.holds_blas
-    assert long.tile_threads
+@pytest.mark.parametrize("sizes", NARROW + WIDE)
+@pytest.mark.parametrize("n", ROWS)
+def test_blas_is_held_wherever_it_would_divide_a_product(sizes, n):
+    cut = schedule.make_schedule(spec_of(sizes), n, 4)
+    largest = cut.tile_rows * max((a + 1) * b for a, b in pairwise(sizes))
+    assert cut.holds_blas == (largest > schedule.SMALLEST_DIVIDED_PRODUCT)
+
+
+def test_a_short_pass_is_one_thread_s():
+    for sizes, n in (((64, 64, 64, 1), 1024), ((784, 128, 64, 10), 128)):
+        cut = schedule.make_schedule(spec_of(sizes), n, 4)
+        assert not cut.tile_threads
+        assert not cut.shares_products
 
 
 def test_few_rows_wake_no_thread():

@@ -1,4 +1,4 @@
-"""Threads over chunks, and the limit on BLAS: nothing lost, nothing left behind."""
+"""Threads over chunks, and BLAS held to one thread: nothing lost, nothing left behind."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from oracles import make_problem
 
 from mlp_backprop import (
@@ -41,12 +41,13 @@ from mlp_backprop import (
     trace,
     vjp,
 )
-from mlp_backprop.engines import numpy_products, numpy_tiles, threads
-from mlp_backprop.engines.threads import blas_on_its_threads, blas_on_one_thread, run_chunks
-from mlp_backprop.maths import samples
+from mlp_backprop.derivatives import products
+from mlp_backprop.engines import numpy_products, numpy_tiles, schedule, threads
+from mlp_backprop.engines.threads import blas_on_one_thread, run_chunks
+from mlp_backprop.maths import row_blocks, samples, tangents
 from mlp_backprop.types import flat
 
-# The products of a wide net, and those of another of a size that BLAS divides, are left to it.
+# A wide net, and others with products of a size that BLAS would divide.
 WIDE = make_problem((100, 170, 2), n=60)
 SMALL = make_problem((20, 30, 4), n=20)
 HALF = make_problem((20, 30, 4), n=20, dtype=np.float16)
@@ -304,7 +305,7 @@ def test_threads_are_used_where_it_pays(blas_threads, monkeypatch):
     assert seen == {3}
 
 
-# Who wants BLAS on one thread, and who wants its threads -----------------------------------------
+# No public function uses BLAS's threads ----------------------------------------------------------
 
 
 def net_and_loss(function, *more, problem=SMALL, **options):
@@ -319,8 +320,8 @@ def no_equation(X, Y, dY, lap):
     return Y, (None, None, None)
 
 
-# Every public function, on NumPy's arrays, with products that are left to BLAS's threads.
-LEFT_TO_BLAS = {
+# Every public function, on NumPy's arrays, with products that BLAS would divide.
+CALLS = {
     "compute_grads": net_and_loss(compute_grads, problem=WIDE),
     "compute_grads, half precision": net_and_loss(compute_grads, problem=HALF),
     "prepare_grads": lambda: prepare_grads(WIDE.params, n=60)(WIDE.params, WIDE.X, WIDE.y),
@@ -358,18 +359,40 @@ def wait_until(condition):
         time.sleep(1e-3)
 
 
-@pytest.mark.parametrize("name", LEFT_TO_BLAS)
-def test_a_call_left_to_blas_waits_while_others_hold_it(name, blas_threads):
-    call = LEFT_TO_BLAS[name]
-    expected = call()
-    with ThreadPoolExecutor(1) as caller:
-        with blas_on_one_thread():
-            result = caller.submit(call)
-            wait_until(lambda: threads._waiting or result.done())
-            assert not result.done()
-        for got, answer in zip(arrays_of(result.result(20)), arrays_of(expected), strict=True):
-            assert_array_equal(got, answer)
+@pytest.fixture
+def seen(blas_threads, monkeypatch):
+    """The numbers of threads that BLAS had at the first product of every pass."""
+    numbers = []
+
+    def watched(function):
+        def watching(*args):
+            numbers.append(blas_threads())
+            return function(*args)
+
+        return watching
+
+    for owner, name in (
+        (numpy_tiles.TiledRun, "_forward"),
+        (numpy_products.ProductRun, "_up"),
+        (backprop, "forward"),
+        (products, "tangents"),
+        (tangents, "tangents"),
+    ):
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    return numbers
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_products_are_formed_on_one_thread_of_blas(name, seen, blas_threads):
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    got = CALLS[name]()
+    assert seen
+    assert all(number == {1} for number in seen)
     assert blas_threads() == {2}
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        expected = CALLS[name]()
+    for A, answer in zip(arrays_of(got), arrays_of(expected), strict=True):
+        assert_array_equal(A, answer)
 
 
 def arrays_of(result):
@@ -378,95 +401,33 @@ def arrays_of(result):
     return [A for part in result for A in arrays_of(part)]
 
 
-def test_a_call_that_holds_blas_waits_for_those_left_to_it(blas_threads):
-    problem = make_problem((2, 10, 5, 1), 10_000)
-    with ThreadPoolExecutor(1) as caller:
-        with blas_on_its_threads():
-            result = caller.submit(run, problem)
-            wait_until(lambda: threads._waiting or result.done())
-            assert not result.done()
-            assert blas_threads() == {2}
-        assert_same_bits(result.result(20), run(problem))
-
-
-def test_small_products_wait_for_nobody(blas_threads):
+def test_small_products_need_no_hold(seen):
+    # It would take longer than they do.
     few = make_problem((20, 30, 4), n=5)
-    with ThreadPoolExecutor(1) as caller, blas_on_one_thread():
-        for call in (
-            lambda: run(few),
-            lambda: forward(few.params, few.X),
-            lambda: hvp(few.params, few.X, few.y, few.params),
-        ):
-            caller.submit(call).result(20)
+    run(few)
+    forward(few.params, few.X)
+    hvp(few.params, few.X, few.y, few.params)
+    assert seen == [{2}] * 3
 
 
-def test_those_who_want_the_same_are_inside_together(blas_threads):
-    meeting = threading.Barrier(2, timeout=20)
-    for kind in (blas_on_one_thread, blas_on_its_threads):
+def test_those_who_hold_blas_are_inside_together(blas_threads):
+    meeting = threading.Barrier(2, timeout=PATIENCE)
 
-        def meet(_, kind=kind):
-            with kind():
-                meeting.wait()
+    def meet(_):
+        with blas_on_one_thread():
+            meeting.wait()
 
-        with ThreadPoolExecutor(2) as callers:
-            list(callers.map(meet, range(2)))
-
-
-def test_turns_are_taken_in_the_order_of_coming(blas_threads):
-    # Else one kind of call could keep the other out for good.
-    came = []
-
-    def take_turn(kind, name):
-        with kind():
-            came.append((name, blas_threads()))
-
-    with ThreadPoolExecutor(3) as callers:
-        with blas_on_its_threads():
-            waits = [callers.submit(take_turn, blas_on_one_thread, "first")]
-            wait_until(lambda: len(threads._waiting) == 1)
-            waits.append(callers.submit(take_turn, blas_on_its_threads, "second"))
-            wait_until(lambda: len(threads._waiting) == 2)
-            assert came == []
-        for wait in waits:
-            wait.result(20)
-    assert came == [("first", {1}), ("second", {2})]
-
-
-@pytest.mark.parametrize("outer", [blas_on_one_thread, blas_on_its_threads])
-def test_a_call_within_a_call_does_not_wait_for_itself(outer, blas_threads):
-    with outer():
-        before = blas_threads()
-        for inner, expected in ((blas_on_one_thread, {1}), (blas_on_its_threads, {2})):
-            with inner():
-                assert blas_threads() == expected
-            assert blas_threads() == before
+    with ThreadPoolExecutor(2) as callers:
+        list(callers.map(meet, range(2)))
     assert blas_threads() == {2}
-    assert not threads._inside
 
 
-@needs_signals
-def test_ctrl_c_while_waiting_for_a_turn(blas_threads):
-    inside, leave = threading.Event(), threading.Event()
-
-    def hold():
-        with blas_on_its_threads():
-            inside.set()
-            wait_until(lambda: threads._waiting)
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            leave.wait(20)
-
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with ThreadPoolExecutor(1) as caller:
-            held = caller.submit(hold)
-            inside.wait(20)
-            with pytest.raises(KeyboardInterrupt), blas_on_one_thread():
-                pytest.fail("came in")
-            assert not threads._waiting
-            leave.set()
-            held.result(20)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+def test_a_call_within_a_call_leaves_blas_to_the_outer(blas_threads):
+    with blas_on_one_thread():
+        with blas_on_one_thread():
+            assert blas_threads() == {1}
+        assert blas_threads() == {1}
+    assert blas_threads() == {2}
     assert not threads._inside
 
 
@@ -500,36 +461,67 @@ def test_a_limit_of_the_users_that_ended_meanwhile_does_not_come_back(blas_threa
     assert blas_threads() == {2}
 
 
-# The number of threads that a call may use ------------------------------------------------------
+# Blocks of rows -----------------------------------------------------------------------------------
+
+MANY = make_problem((20, 30, 4), n=500)
+IN_BLOCKS = {
+    "forward": lambda: forward(MANY.params, MANY.X),
+    "input_grads": lambda: input_grads(MANY.params, MANY.X, MANY.y),
+    "jacobian": lambda: jacobian(MANY.params, MANY.X),
+    "laplacian": lambda: laplacian(MANY.params, MANY.X),
+    "sobolev_grads": lambda: sobolev_grads(
+        MANY.params, MANY.X, MANY.y, np.zeros((500, 4, 20)), activation="tanh"
+    ),
+    "jvp": lambda: jvp(MANY.params, MANY.X, MANY.params),
+    "vjp": lambda: vjp(MANY.params, MANY.X, MANY.y),
+    "ntk": lambda: ntk(MANY.params, MANY.X[:60], MANY.X[:7]),
+}
 
 
-@pytest.mark.parametrize(("setting", "expected"), [("1", {1}), ("2", {2}), ("5", {2}), (None, {2})])
-def test_blas_has_no_more_threads_than_a_call_may_use(setting, expected, blas_threads, monkeypatch):
-    seen = []
+@pytest.mark.parametrize("name", IN_BLOCKS)
+def test_no_number_of_threads_changes_a_bit_of_blocks(name, blas_threads, monkeypatch):
+    whole = IN_BLOCKS[name]()
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 20_000)
+    workers, results = [], []
 
-    def watched(function):
-        def watching(*args):
-            seen.append(blas_threads())
-            return function(*args)
+    def counting(task, n_chunks, n_workers):
+        assert n_chunks > 2
+        assert blas_threads() == {1}
+        workers.append(n_workers)
+        run_chunks(task, n_chunks, n_workers)
 
-        return watching
-
-    for owner, name in (
-        (numpy_tiles.TiledRun, "_forward"),
-        (numpy_products.ProductRun, "_up"),
-        (backprop, "forward"),
-    ):
-        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
-    if setting is None:
-        monkeypatch.delenv(threads.VARIABLE, raising=False)
-    else:
+    monkeypatch.setattr(threads, "run_chunks", counting)
+    for setting in ("1", "2", "7"):
         monkeypatch.setenv(threads.VARIABLE, setting)
-    short = make_problem((64, 64, 64, 1), 1024, dtype=np.float32)
-    for call in (*LEFT_TO_BLAS.values(), lambda: run(short)):
-        call()
-    assert len(seen) > 20
-    assert set.union(*seen) == expected
+        results.append(arrays_of(IN_BLOCKS[name]()))
+    assert workers == [1, 2, 7]
     assert blas_threads() == {2}
+    for result in results:
+        for A, first, all_rows in zip(result, results[0], arrays_of(whole), strict=True):
+            assert_array_equal(A, first)
+            assert_allclose(A, all_rows, rtol=1e-10, atol=1e-10)
+
+
+def test_no_thread_over_blocks_warns_of_infinities(monkeypatch):
+    # NumPy's settings of what to warn of are each thread's own.
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 1000)
+    monkeypatch.setenv(threads.VARIABLE, "4")
+    X = np.tile([np.inf, -np.inf], (500, 10))
+    jvp(SMALL.params, X, SMALL.params)
+
+
+def test_sums_over_blocks_are_few(monkeypatch):
+    # Of each thread that adds some up, and no matter how many rows there are.
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(schedule, "CHUNK_BYTES", 8 * 3 * 800)
+    shares = []
+    monkeypatch.setattr(
+        threads,
+        "run_chunks",
+        lambda task, n_chunks, n: shares.append(n_chunks) or run_chunks(task, n_chunks, n),
+    )
+    vjp(MANY.params, MANY.X, MANY.y)
+    assert shares == [3]
 
 
 # compute_grads -----------------------------------------------------------------------------------
