@@ -94,6 +94,7 @@ IMPORTS = {
     "engines.schedule": ("backprop", ""),
     "engines.threads": ("", "threadpoolctl"),
     "engines.numpy_tiles": ("backprop engines.schedule engines.threads types", "numpy"),
+    "engines.compiled.team": ("engines.threads", "llvmlite numba"),
     "engines.compiled.engine": (
         "backprop edge.arguments edge.rules engines.compiled.formulas "
         "engines.compiled.kernels engines.numpy_tiles engines.threads types",
@@ -224,11 +225,13 @@ ONLY_IN = {
         "engines.cuda.warp_tiles",
     },
     "jax": {"bench.contenders"},
+    "llvmlite": {"engines.compiled.team"},
     "matplotlib": {"bench.charts"},
     "numba": {
         "engines.compiled.engine",
         "engines.compiled.formulas",
         "engines.compiled.kernels",
+        "engines.compiled.team",
     },
     "rich": {"programs.screens"},
     "scipy": {"derivatives.curvature"},
