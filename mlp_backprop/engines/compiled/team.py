@@ -127,7 +127,10 @@ def now(me):
 
 @compiled
 def sleep(me):
-    """Whoever takes the mark opens the lock: exactly once, however late it was taken."""
+    """After the mark has been set, and a second look, for others may not have seen the mark.
+
+    Whoever takes it away opens the lock, or need not sleep.
+    """
     acquire_lock(load(me + LOCK), 1)
 
 

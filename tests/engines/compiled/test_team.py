@@ -35,6 +35,14 @@ COUNT, WORKER, SUM = range(0, 24, 8)
 
 
 @numba.njit
+def wait_for(address, value):
+    """Until so much is there; in vain for minutes at the most, so that a test fails and ends."""
+    for _ in range(1 << 36):
+        if load(address) >= value:
+            break
+
+
+@numba.njit
 def sum_terms(job, chunk, worker):
     """A sum of the chunk's own, whose bits depend on the order of its terms."""
     n = load(job + N_TERMS)
@@ -56,8 +64,16 @@ def sums(job, chunk, worker):
 def meeting(job, chunk, worker):
     """No chunk ends before as many are at work as the gate says."""
     add(job + INSIDE, 1)
-    while load(job + INSIDE) < load(job + GATE):
-        pass
+    wait_for(job + INSIDE, load(job + GATE))
+    sum_terms(job, chunk, worker)
+
+
+@numba.cfunc(team.WORK)
+def racing(job, chunk, worker):
+    """Two workers set out for the other chunks together."""
+    if chunk < 2:
+        add(job + INSIDE, 1)
+        wait_for(job + INSIDE, 2)
     sum_terms(job, chunk, worker)
 
 
@@ -65,8 +81,7 @@ def meeting(job, chunk, worker):
 def gated(job, chunk, worker):
     """No chunk ends before the gate is opened."""
     add(job + INSIDE, 1)
-    while not load(job + GATE):
-        pass
+    wait_for(job + GATE, 1)
     sum_terms(job, chunk, worker)
 
 
@@ -74,11 +89,9 @@ def gated(job, chunk, worker):
 def outlasting(job, chunk, worker):
     """Two chunks meet, and that of a helper ends when the caller has gone to sleep."""
     add(job + INSIDE, 1)
-    while load(job + INSIDE) < 2:
-        pass
-    caller = load(job + TEAM) + team.WORKERS
-    while worker != 0 and not load(caller + team.IS_ASLEEP):
-        pass
+    wait_for(job + INSIDE, 2)
+    if worker != 0:
+        wait_for(load(job + TEAM) + team.WORKERS + team.IS_ASLEEP, 1)
     sum_terms(job, chunk, worker)
 
 
@@ -101,6 +114,11 @@ class Job:
         assert (self.chunks[:, 0] == 1).all()
         assert set(self.chunks[:, 1]) <= set(range(n_workers))
         return self
+
+    def assert_met(self, n_workers):
+        """All at once, each with a chunk."""
+        self.assert_done(n_workers)
+        assert sorted(self.chunks[:, 1]) == list(range(n_workers))
 
     def total(self):
         """The sums of the chunks, added in their order."""
@@ -158,15 +176,32 @@ def test_the_variable_says_how_many(setting, monkeypatch):
 @pytest.mark.parametrize("n_workers", [2, 3, 8])
 def test_workers_work_at_the_same_time(n_workers, fresh_team):
     fresh_team(n_workers - 1)
-    job = Job(n_workers, gate=n_workers).run(meeting, n_workers).assert_done(n_workers)
-    assert sorted(job.chunks[:, 1]) == list(range(n_workers))
+    Job(n_workers, gate=n_workers).run(meeting, n_workers).assert_met(n_workers)
 
 
 @needs_team
-def test_a_helper_that_is_not_asked_for_does_not_come(fresh_team):
-    fresh_team(7)
-    for _ in range(200):
-        Job(10).run(sums, 3).assert_done(3)
+def test_no_chunk_is_given_to_two(fresh_team):
+    made = fresh_team(1)
+    for _ in range(5):
+        made.word(team.REST).value = 0
+        Job(10_000, n_terms=1).run(racing, 2).assert_done(2)
+
+
+@needs_team
+def test_a_helper_that_is_not_asked_for_takes_nothing(fresh_team):
+    made = fresh_team(2)
+    asleep = made.word(team.WORKERS + 2 * team.LINE + team.IS_ASLEEP)
+    wait_until(lambda: asleep.value)
+    job = Job(3)
+    with ThreadPoolExecutor(1) as caller:
+        result = caller.submit(job.run, gated, 2)
+        wait_until(lambda: job.words[1] == 2)
+        asleep.value = 0
+        team._release(made.locks[2])
+        wait_until(lambda: asleep.value or job.words[1] > 2)
+        assert job.words[1] == 2
+        job.words[2] = 1
+        result.result(PATIENCE).assert_done(2)
 
 
 @needs_team
@@ -176,7 +211,7 @@ def test_helpers_come_again_when_they_have_slept(fresh_team):
     for _ in range(10):
         wait_until(lambda: made.word(helper + team.IS_ASLEEP).value)
         made.word(team.REST).value = 0
-        Job(2, gate=2).run(meeting, 2).assert_done(2)
+        Job(2, gate=2).run(meeting, 2).assert_met(2)
 
 
 def test_where_compiled_code_has_no_clock_a_pool_does_it(monkeypatch):
@@ -184,7 +219,7 @@ def test_where_compiled_code_has_no_clock_a_pool_does_it(monkeypatch):
     monkeypatch.setattr(team, "MONOTONIC", None)
     monkeypatch.setattr(team, "_team_for", None)
     assert Job(7).run(sums, 3).assert_done(3).total() == expected
-    Job(2, gate=2).run(meeting, 2).assert_done(2)
+    Job(3, gate=3).run(meeting, 3).assert_met(3)
 
 
 # Calls beside others -----------------------------------------------------------------------------
@@ -231,7 +266,7 @@ def test_time_lost_by_a_late_helper_is_made_up_for_by_work_without(fresh_team):
     assert set(Job(20).run(sums, 2).assert_done(2).chunks[:, 1]) == {0}
     assert made.word(team.REST).value < lost
     made.word(team.REST).value = 0
-    Job(2, gate=2).run(meeting, 2).assert_done(2)
+    Job(2, gate=2).run(meeting, 2).assert_met(2)
 
 
 @needs_team
@@ -257,7 +292,7 @@ def test_a_helper_is_kept_off_the_callers_core_and_on_its_cores(fresh_team):
     own = min(cores)
     try:
         os.sched_setaffinity(0, {own, max(cores)})
-        Job(2, gate=2).run(meeting, 2)
+        Job(2, gate=2).run(meeting, 2).assert_met(2)
         (left,) = os.sched_getaffinity(made.helpers[0].native_id)
     finally:
         os.sched_setaffinity(0, cores)
@@ -288,11 +323,15 @@ def test_ctrl_c_comes_when_nothing_runs_any_more(fresh_team):
         signal.signal(signal.SIGINT, handler)
     job.assert_done(2)
     team._team.word(team.REST).value = 0
-    Job(2, gate=2).run(meeting, 2).assert_done(2)
+    Job(2, gate=2).run(meeting, 2).assert_met(2)
 
 
 SCRIPT = """
-import os, signal, sys, threading
+import atexit, os, signal, sys, threading
+
+at_the_very_end = []
+atexit.register(lambda: [act() for act in at_the_very_end])  # after what is registered later
+
 sys.path.insert(0, sys.argv[1])
 from test_team import Job, gated, meeting, sums, team, wait_until
 
@@ -301,7 +340,7 @@ def meet():
     made = team._team_for(2)
     wait_until(lambda: made.word(team.N_HELPERS).value)
     made.word(team.REST).value = 0
-    Job(2, gate=2).run(meeting, 2).assert_done(2)
+    Job(2, gate=2).run(meeting, 2).assert_met(2)
     made.word(team.REST).value = 0
 
 def fork_and(check):
@@ -370,7 +409,6 @@ def test_python_ends(before):
 @needs_team
 def test_python_ends_while_a_helper_is_at_work():
     assert_runs("""
-import atexit
 meet()
 job = Job(2)
 other = threading.Thread(target=job.run, args=(gated, 2), daemon=True)
@@ -381,7 +419,6 @@ def open_the_gate():
     job.words[2] = 1
     other.join()
     job.assert_done(2)
-    Job(20).run(sums, 2).assert_done(2)
 
 atexit.register(open_the_gate)
 print("done")
@@ -389,11 +426,16 @@ print("done")
 
 
 @needs_team
-def test_calls_at_the_very_end_work_alone():
+def test_no_helper_is_left_at_the_very_end_and_calls_work_alone():
     assert_runs("""
-import atexit
 meet()
-atexit.unregister(team._stop)
-atexit.register(lambda: print("done") if set(Job(20).run(sums, 8).chunks[:, 1]) == {0} else None)
-atexit.register(team._stop)
+
+def check():
+    assert len(team._team.helpers) == 1
+    assert not team._team.helpers[0].is_alive()
+    Job(20).run(sums, 8).assert_done(1)
+    assert len(team._team.helpers) == 1
+    print("done")
+
+at_the_very_end.append(check)
 """)
