@@ -153,7 +153,7 @@ def fresh_team(monkeypatch):
 
 
 @pytest.mark.parametrize("n_workers", [1, 2, 8, 1000])
-@pytest.mark.parametrize("n_chunks", [0, 1, 2, 5, 64])
+@pytest.mark.parametrize("n_chunks", [0, 1, 2, 5, 100])
 def test_every_chunk_is_done_once(n_chunks, n_workers):
     for _ in range(20):
         Job(n_chunks).run(sums, n_workers).assert_done(n_workers)
