@@ -122,10 +122,11 @@ IMPORTS = {
     "engines.memory": ("", "numpy"),
     "engines.schedule": ("backprop", ""),
     "engines.threads": ("", "threadpoolctl"),
+    "engines.compiled.team": ("engines.compiled.parts engines.threads", "llvmlite numba"),
     "engines.compiled.passes": (
         "backprop edge.arguments edge.rules engines.compiled.jobs engines.compiled.kernels "
         "engines.compiled.layout engines.compiled.parts engines.compiled.schedule "
-        "engines.threads types",
+        "engines.compiled.team engines.threads types",
         "numpy",
     ),
     "engines.shared_products": ("engines.schedule engines.threads types", "numpy"),
@@ -136,7 +137,8 @@ IMPORTS = {
     "engines.compiled.engine": (
         "backprop edge.arguments edge.rules engines.compiled.jobs engines.compiled.kernels "
         "engines.compiled.layout engines.compiled.parts engines.compiled.rows "
-        "engines.compiled.schedule engines.numpy_tiles engines.threads types",
+        "engines.compiled.schedule engines.compiled.team engines.numpy_tiles "
+        "engines.threads types",
         "numpy",
     ),
     "engines.numpy_products": (
@@ -268,7 +270,11 @@ ONLY_IN = {
     },
     "jax": {"bench.contenders"},
     "matplotlib": {"bench.charts"},
-    "llvmlite": {"engines.compiled.products", "engines.compiled.vectors"},
+    "llvmlite": {
+        "engines.compiled.products",
+        "engines.compiled.team",
+        "engines.compiled.vectors",
+    },
     "numba": {
         "engines.compiled.formulas",
         "engines.compiled.jobs",
@@ -276,6 +282,7 @@ ONLY_IN = {
         "engines.compiled.parts",
         "engines.compiled.products",
         "engines.compiled.rows",
+        "engines.compiled.team",
         "engines.compiled.vectors",
     },
     "rich": {"programs.screens"},

@@ -19,7 +19,7 @@ from mlp_backprop.backprop import Spec, Sums, written
 from mlp_backprop.edge.arguments import Argument
 from mlp_backprop.edge.rules import check_target_values
 from mlp_backprop.engines import numpy_tiles, threads
-from mlp_backprop.engines.compiled import kernels, parts
+from mlp_backprop.engines.compiled import kernels, parts, team
 from mlp_backprop.engines.compiled.jobs import Job, as_compiled, job_of, labels_of
 from mlp_backprop.engines.compiled.layout import layout
 from mlp_backprop.engines.compiled.rows import ACTIVATIONS
@@ -143,17 +143,17 @@ class NarrowRun:
         if n_chunks == 1:
             known = self.add_rows(job.address, 0, 0)
         else:
-            found = np.empty(n_chunks, bool)
-
-            def task(chunk: int, worker: int) -> None:
-                found[chunk] = self.add_rows(job.address, chunk, worker)
-
             n_workers = min(threads.thread_count(), len(self.workspaces))
-            threads.run_chunks(task, n_chunks, n_workers)
+            team.run(self.work(), job.address, n_chunks, n_workers)
             self.add_chunks(job.address)
-            known = found.all()
+            known = not job.record["unknown"][0]
         if not known:
+            job.set(unknown=0)
             check_target_values(Argument("y", y, np), self.spec.loss, self.sizes[-1])
+
+    def work(self) -> int:
+        """The pass over a chunk, by its address."""
+        return parts.work(kernels.gradient_pass, kernels.CHUNK, self.dtype)
 
 
 def by_layer(flat: Array, sizes: tuple[int, ...]) -> list[Layer]:

@@ -23,6 +23,8 @@ FIELDS = (
     *("layers", "n_layers", "product", "dots", "loss"),
     # How the rows are cut into chunks
     *("n_chunks", "chunk_rows"),
+    # Whether a label was seen that is no class
+    "unknown",
     # A workspace per worker, and what is where in it
     *("workspaces", "workspace_bytes", *Layout._fields),
     # Arrays to look for anew: a table of where their addresses stand, and where they shall stand

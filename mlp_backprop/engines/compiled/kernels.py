@@ -82,6 +82,8 @@ def load_rows(job, layers, A, stride, start, n, m):
     if job.labels:
         labels = pointer(np.int64, job.labels + start * job.label_step)
         known = load_labels(Y, stride, m, labels, job.label_step // 8, n, n_out)
+        if not known:
+            job.unknown = 1
     elif job.y:
         load(Y, stride, m, job.y + start * job.y_row, job.y_row, job.y_column, n, n_out)
     if job.weight:
@@ -134,7 +136,7 @@ def place(sources: int) -> Callable[..., None]:
     def place(address, n_chunks, chunk_rows, X, Y, labels, weight, results):
         _ = sources
         job = job_at(address)
-        job.n, job.n_chunks, job.chunk_rows = len(X), n_chunks, chunk_rows
+        job.n, job.n_chunks, job.chunk_rows, job.unknown = len(X), n_chunks, chunk_rows, 0
         job.X, job.X_row, job.X_column = X.ctypes.data, X.strides[0], X.strides[1]
         job.y = Y.ctypes.data if Y.size else 0
         job.y_row, job.y_column = Y.strides[0], Y.strides[1]

@@ -49,6 +49,14 @@ def entry(make: Callable[..., Any], signature: Any, *which: Any) -> Any:
     return from_cache(partial(njit, signature, nogil=True), lambda sources: make(sources, *which))
 
 
+@cache
+def work(make: Callable[..., Any], signature: Any, *which: Any) -> int:
+    """The address of the same, for threads that never see Python."""
+    part = from_cache(partial(cfunc, signature), lambda sources: make(sources, *which))
+    _kept.append(part)
+    return int(part.address)
+
+
 def from_cache(compile_: Callable[..., Any], make: Callable[[int], Any]) -> Any:
     """A function from Numba's cache, or compiled now."""
     function = make(version_of_sources())

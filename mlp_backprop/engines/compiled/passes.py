@@ -14,7 +14,7 @@ from mlp_backprop.backprop import Spec
 from mlp_backprop.edge.arguments import Argument
 from mlp_backprop.edge.rules import check_target_values
 from mlp_backprop.engines import threads
-from mlp_backprop.engines.compiled import kernels, parts
+from mlp_backprop.engines.compiled import kernels, parts, team
 from mlp_backprop.engines.compiled.jobs import Job, as_compiled, job_of, labels_of
 from mlp_backprop.engines.compiled.layout import layout
 from mlp_backprop.engines.compiled.schedule import chunks, operations
@@ -48,7 +48,11 @@ def run(
     job = job_of(spec, own, plan, workspaces=workspaces, sums=sums, **fields)
     job.set(n_sums=n_sums)
     labels = _place(job, dtype, X, y, weight, n_chunks, chunk_rows)
-    if not all(_chunks(parts.entry(make, kernels.CHUNK, dtype), job, n_chunks, n_workers)):
+    if n_chunks == 1:
+        parts.entry(make, kernels.CHUNK, dtype)(job.address, 0, 0)
+    else:
+        team.run(parts.work(make, kernels.CHUNK, dtype), job.address, n_chunks, n_workers)
+    if job.record["unknown"][0]:
         check_target_values(Argument("y", y, np), spec.loss, spec.sizes[-1])
     del labels  # which had to live until now
     for more in sums[1:]:
@@ -73,16 +77,3 @@ def _place(
     place = parts.entry(kernels.place, kernels.placing(dtype))
     place(job.address, n_chunks, chunk_rows, X, targets, labels, weights, results)
     return labels
-
-
-def _chunks(add_rows: Any, job: Job, n_chunks: int, n_workers: int) -> list[bool]:
-    """Run all chunks, and what each says of its labels."""
-    if n_chunks == 1:
-        return [add_rows(job.address, 0, 0)]
-    known = [True] * n_chunks
-
-    def task(chunk: int, worker: int) -> None:
-        known[chunk] = add_rows(job.address, chunk, worker)
-
-    threads.run_chunks(task, n_chunks, n_workers)
-    return known

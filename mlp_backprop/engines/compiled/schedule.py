@@ -7,12 +7,12 @@ import math
 
 from mlp_backprop.types import n_params
 
-# In operations: one product, or a tenth of an activation. A core does 20 to 40 of them in a
-# nanosecond, and waking a thread takes up to 300 us: so one thread and a single chunk up to about
-# two milliseconds of work, then chunks of at least 100 us, which take 5 us to hand out.
+# In operations: one product, or a tenth of an activation. A core does 20 to 50 of them in a
+# nanosecond. Another thread pays from 50 to 100 us of work on, so one chunk up to 80 to 200 us,
+# then chunks of at least 20 to 50 us.
 ACTIVATION_OPERATIONS = 10
-THREAD_OPERATIONS = 80_000_000
-CHUNK_OPERATIONS = 4_000_000
+THREAD_OPERATIONS = 4_000_000
+CHUNK_OPERATIONS = 1_000_000
 MOST_CHUNKS = 64
 CHUNK_BYTES = 16 << 20  # of the sums of all chunks
 

@@ -322,6 +322,7 @@ def test_memory_does_not_grow_with_the_rows(loss, monkeypatch):
         problem = oracles.make_problem((2, 10, 5, 3), n, loss=loss)
         spec, *arrays = checked(problem)
         run = numba_engine.prepare(spec, n)
+        run.sums(*arrays)  # what is compiled now is not again
         return oracles.peak_bytes(lambda: run.sums(*arrays))
 
     assert peak(400_000) < peak(100_000) + 100_000
