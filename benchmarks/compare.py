@@ -170,8 +170,12 @@ def _number(value: Any) -> str:
 def main(
     cases: Callable[[bool], Iterable[Case]],
     memory: Callable[[bool], list[dict[str, Any]]] | None = None,
+    summary: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
 ) -> None:
-    """Measure every case of `cases(quick)`, then memory; the file is written anew after each."""
+    """Measure every case of `cases(quick)`, then memory; the file is written anew after each.
+
+    The summary is of all cases.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="see that it runs, not how fast")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -199,6 +203,8 @@ def main(
     print(table(results["cases"]))
     if "memory" in results:
         print(markdown(results["memory"]))
+    if summary is not None and results["cases"]:
+        print(markdown(summary(results["cases"])))
     for record in results["cases"]:
         for name, reason in record["skipped"].items():
             print(f"{record['case']}: no {name}: {reason}")
