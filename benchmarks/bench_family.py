@@ -4,8 +4,8 @@
 
 Norms and clipped sums of samples' gradients, products with the Hessian and the Gauss-Newton matrix,
 Jacobians and Laplacians by inputs, of nets with tanh. JAX is compiled, and waited for; torch.func
-is used with vmap, as its users would. All start from inputs in their own arrays. Below the table stand
-geometric means over nets and dtypes of the faster peer over `backend="numba"`, and the worst cell.
+is used with vmap, as its users would. All start from inputs in their own arrays. Below the table
+stand geometric means over nets and dtypes of the faster peer over ours, and the worst cell.
 """
 
 from collections.abc import Callable, Iterator
