@@ -367,18 +367,17 @@ def test_lists_changed_in_place_are_read_anew(as_net):
 
 
 def test_the_number_of_threads_is_read_every_time(monkeypatch):
-    """By what BLAS divides among its threads, for example."""
-    params = net((100, 200, 1))
-    data = RNG.normal(size=(32, 100)), RNG.normal(size=(32, 1))
-    for call in (compute_grads, per_sample_grad_norms):
-        monkeypatch.delenv(threads.VARIABLE, raising=False)
-        for _ in range(3):
-            expected = call(params, *data)
-        monkeypatch.setenv(threads.VARIABLE, "none")
-        with pytest.raises(ValueError, match=threads.VARIABLE):
-            call(params, *data)
-        monkeypatch.setenv(threads.VARIABLE, "2")
-        assert_same_bits(call(params, *data), expected)
+    """By what shares its tiles out among threads, for example."""
+    params = net((2, 10, 5, 1))
+    data = RNG.normal(size=(100_000, 2)), RNG.normal(size=(100_000, 1))
+    monkeypatch.delenv(threads.VARIABLE, raising=False)
+    for _ in range(3):
+        expected = compute_grads(params, *data)
+    monkeypatch.setenv(threads.VARIABLE, "none")
+    with pytest.raises(ValueError, match=threads.VARIABLE):
+        compute_grads(params, *data)
+    monkeypatch.setenv(threads.VARIABLE, "2")
+    assert_same_bits(compute_grads(params, *data), expected)
 
 
 # What is kept ------------------------------------------------------------------------------------
