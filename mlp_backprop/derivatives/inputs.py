@@ -15,7 +15,7 @@ from mlp_backprop.edge.calls import public
 from mlp_backprop.edge.validation import Problem
 from mlp_backprop.engines import choice
 from mlp_backprop.maths import jets
-from mlp_backprop.maths.row_blocks import concatenated, row_blocks
+from mlp_backprop.maths.row_blocks import concatenated, row_blocks, rows_of
 from mlp_backprop.types import Array, ArrayLike, Layer, NetOptions, Params, SumOptions
 
 
@@ -49,7 +49,21 @@ def input_grads(params: Params, X: ArrayLike, y: ArrayLike, **options: Unpack[Su
     array([[8.]])
     """
     problem = validation.problem(params, X, y, **options)
-    return choice.input_grads(*problem, options.get("backend"))
+    compiled = choice.first_order(problem.spec, options.get("backend"))
+    return compiled.input_grads(*problem) if compiled else _input_grads(problem)
+
+
+def _input_grads(problem: Problem) -> Array:
+    spec, layers, X, y, weight = problem
+    xp, parts = spec.xp, []
+    with choice.undisturbed(spec, X.shape[0]):
+        for rows in row_blocks(xp, X, 2 * sum(spec.sizes)):
+            Z, H = backprop.forward(spec, layers, X[rows, ...])
+            _, G = backprop.loss_and_output_grad(spec, H[-1], y[rows, ...], rows_of(weight, rows))
+            *_, (_, D) = backprop.backward(spec, layers, Z, H, G)
+            parts.append(D @ layers[0].W)
+    divisor = backprop.divisor(spec, backprop.weight_sum(spec, X, weight))
+    return xp.astype(concatenated(xp, parts) / divisor, spec.dtype, copy=False)
 
 
 @public

@@ -3,13 +3,19 @@
 The mathematics stands in samples.py: equations (P1) to (P5).
 """
 
+from collections.abc import Iterable
 from numbers import Real
 from typing import Unpack
 
+from mlp_backprop import backprop
+from mlp_backprop.backprop import Sums
 from mlp_backprop.edge import validation
 from mlp_backprop.edge.arguments import type_name
 from mlp_backprop.edge.calls import public
 from mlp_backprop.engines import choice
+from mlp_backprop.maths import samples
+from mlp_backprop.maths.row_blocks import added_blocks, concatenated
+from mlp_backprop.maths.samples import Factors
 from mlp_backprop.types import (
     Array,
     ArrayLike,
@@ -64,8 +70,14 @@ def per_sample_grads(
     >>> np.allclose(grads[0].W.sum(axis=0), total[0].W)
     True
     """
-    problem = validation.problem(params, X, y, reduction="sum", **options)
-    return choice.sample_grads(*problem, options.get("backend"))
+    spec, *arrays = validation.problem(params, X, y, reduction="sum", **options)
+    compiled = choice.first_order(spec, options.get("backend"))
+    if compiled:
+        grads: list[Layer] = compiled.sample_grads(spec, *arrays)
+        return grads
+    with choice.undisturbed(spec, arrays[1].shape[0]):
+        factors = samples.sweep(spec, *arrays)[1]
+        return [samples.outer_product(spec.xp, D, H_below) for D, H_below in factors][::-1]
 
 
 @public
@@ -109,8 +121,18 @@ def per_sample_grad_norms(
     >>> per_sample_grad_norms([([[2.0]], [1.0])], X=[[3.0], [1.0]], y=[[5.0], [4.0]]) ** 2
     array([160.,   8.])
     """
-    problem = validation.problem(params, X, y, reduction="sum", **options)
-    return choice.sample_norms(*problem, per_layer, options.get("backend"))
+    spec, layers, X, y, weight = validation.problem(params, X, y, reduction="sum", **options)
+    compiled = choice.first_order(spec, options.get("backend"))
+    if compiled:
+        return compiled.norms(spec, layers, X, y, weight, per_layer)
+    xp, norms = spec.xp, []
+
+    def measure(loss: Array | float, factors: Iterable[Factors]) -> None:
+        squares = samples.squared_norms(spec, factors)[::-1]
+        norms.append(xp.sqrt(xp.stack(squares, axis=1) if per_layer else sum(squares)))
+
+    choice.for_each_sweep(spec, layers, X, y, weight, measure)
+    return concatenated(xp, norms)
 
 
 @public
@@ -164,8 +186,21 @@ def clipped_grads(
     (5.0, array([-0.41886117]))
     """
     max_norm = _checked_norm(max_norm)
-    problem = validation.problem(params, X, y, **options)
-    return choice.clipped_grads(*problem, max_norm, options.get("backend"))
+    spec, layers, X, y, weight = validation.problem(params, X, y, **options)
+    compiled = choice.first_order(spec, options.get("backend"))
+    if compiled:
+        result: LossAndGrads = compiled.clipped_grads(spec, layers, X, y, weight, max_norm)
+        return result
+    total: list[tuple[Array | float, list[Layer]]] = []
+
+    def add(loss: Array | float, factors: Iterable[Factors]) -> None:
+        block = loss, samples.clipped_sums(spec, factors, max_norm)
+        total[:] = [added_blocks([*total, block])]
+
+    choice.for_each_sweep(spec, layers, X, y, weight, add)
+    [(loss_sum, grads)] = total
+    sums = Sums(loss_sum, backprop.weight_sum(spec, X, weight), grads)
+    return backprop.reduced(spec, sums)
 
 
 def _checked_norm(max_norm: object) -> float:

@@ -3,6 +3,7 @@
 The mathematics stands in tangents.py: equations (V1) to (V6).
 """
 
+from functools import reduce
 from typing import Unpack
 
 from mlp_backprop import backprop
@@ -11,15 +12,31 @@ from mlp_backprop.edge import validation
 from mlp_backprop.edge.calls import public
 from mlp_backprop.edge.validation import Problem
 from mlp_backprop.engines import choice
-from mlp_backprop.maths.row_blocks import concatenated, row_blocks
+from mlp_backprop.losses import Loss
+from mlp_backprop.maths.row_blocks import added_layers, concatenated, row_blocks
 from mlp_backprop.maths.tangents import KINDS, Kind, row_numbers, tangents
 from mlp_backprop.types import (
     Array,
     ArrayLike,
     Layer,
+    Namespace,
     NetOptions,
     Params,
     SumOptions,
+)
+
+
+def _inner_product(xp: Namespace, H: Array, U: Array) -> tuple[Array, Array]:
+    return xp.sum(H * U, axis=1), U
+
+
+def _no_curvature(xp: Namespace, H: Array, U: Array, V: Array) -> Array:
+    return xp.zeros_like(V)
+
+
+# <u, H_L> as a loss: its gradient is Jᵀ u.
+INNER_PRODUCT = Loss(
+    "inner_product", _inner_product, _no_curvature, _no_curvature, "real", takes_logits=False
 )
 
 
@@ -102,8 +119,19 @@ def vjp(params: Params, X: ArrayLike, u: ArrayLike, **options: Unpack[NetOptions
     """
     net = validation.network(params, X, **options)
     U = validation.like_outputs(u, "u", net, options.get("backend"))
-    total = choice.vjp_sums(net.spec, net.params, net.X, U, options.get("backend"))
-    return backprop.reduced(net.spec, Sums(0.0, 1.0, total)).grads
+    compiled = choice.first_order(net.spec, options.get("backend"))
+    if compiled:
+        grads: list[Layer] = compiled.vjp(net.spec, net.params, net.X, U)
+        return grads
+    spec = net.spec._replace(loss=INNER_PRODUCT)
+
+    def sums(rows: slice) -> list[Layer]:
+        block = net.X[rows, :], U[rows, :], None
+        return backprop.loss_and_grad_sums(spec, net.params, *block).grads
+
+    with choice.undisturbed(spec, net.X.shape[0]):
+        total = reduce(added_layers, map(sums, row_blocks(spec.xp, net.X, row_numbers(spec))))
+    return backprop.reduced(spec, Sums(0.0, 1.0, total)).grads
 
 
 @public

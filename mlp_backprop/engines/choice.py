@@ -24,18 +24,12 @@ from typing import Any
 import numpy as np
 
 from mlp_backprop import backprop
-from mlp_backprop.backprop import Spec, Sums
+from mlp_backprop.backprop import Spec
 from mlp_backprop.edge.backends import library_name
 from mlp_backprop.engines import numpy_products, numpy_tiles, threads
 from mlp_backprop.engines.schedule import SMALLEST_DIVIDED_PRODUCT
 from mlp_backprop.maths import samples, tangents
-from mlp_backprop.maths.row_blocks import (
-    added_blocks,
-    added_layers,
-    concatenated,
-    row_blocks,
-    rows_of,
-)
+from mlp_backprop.maths.row_blocks import added_layers, row_blocks, rows_of
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.maths.tangents import Kind
 from mlp_backprop.types import Array, Layers, LossAndGrads
@@ -96,6 +90,15 @@ def plan(spec: Spec, n: int, backend: str | None, precision: str = "float32") ->
     elif is_for_numpy(spec):
         run = numpy_tiles.prepare(spec, n)
     return Pass(run or partial(derivation, spec))
+
+
+def first_order(spec: Spec, backend: str | None) -> Any:
+    """The compiled passes for first derivatives, where they are asked for and cover this net."""
+    if not is_for_numba(spec, backend):
+        return None
+    from mlp_backprop.engines.compiled import first_order
+
+    return first_order
 
 
 def is_for_numba(spec: Spec, backend: str | None) -> bool:
@@ -165,112 +168,3 @@ def vector_product_sums(
 
     with undisturbed(spec):
         return reduce(added_layers, map(sums, row_blocks(spec.xp, X, tangents.row_numbers(spec))))
-
-
-# First derivatives ------------------------------------------------------------------------------
-
-
-def outputs(spec: Spec, params: Layers, X: Array, backend: str | None) -> Array:
-    """H_L."""
-    if is_for_numba(spec, backend):
-        from mlp_backprop.engines.compiled import first_order
-
-        return first_order.outputs(spec, params, X)
-    with undisturbed(spec, X.shape[0]):
-        return backprop.forward(spec, params, X)[1][-1]
-
-
-def input_grads(
-    spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None, backend: str | None
-) -> Array:
-    """dE/dX, equation (4), or that divided."""
-    if is_for_numba(spec, backend):
-        from mlp_backprop.engines.compiled import first_order
-
-        return first_order.input_grads(spec, params, X, y, weight)
-    xp, parts = spec.xp, []
-    with undisturbed(spec, X.shape[0]):
-        for rows in row_blocks(xp, X, 2 * sum(spec.sizes)):
-            Z, H = backprop.forward(spec, params, X[rows, ...])
-            _, G = backprop.loss_and_output_grad(spec, H[-1], y[rows, ...], rows_of(weight, rows))
-            *_, (_, D) = backprop.backward(spec, params, Z, H, G)
-            parts.append(D @ params[0].W)
-    divisor = backprop.divisor(spec, backprop.weight_sum(spec, X, weight))
-    return xp.astype(concatenated(xp, parts) / divisor, spec.dtype, copy=False)
-
-
-def vjp_sums(spec: Spec, params: Layers, X: Array, U: Array, backend: str | None) -> Layers:
-    """Jᵀ u, summed over samples."""
-    if is_for_numba(spec, backend):
-        from mlp_backprop.engines.compiled import first_order
-
-        return first_order.vjp_sums(spec, params, X, U)
-
-    def sums(rows: slice) -> Layers:
-        return tangents.transposed_product_sums(spec, params, X[rows, :], U[rows, :])
-
-    with undisturbed(spec, X.shape[0]):
-        return reduce(added_layers, map(sums, row_blocks(spec.xp, X, tangents.row_numbers(spec))))
-
-
-def sample_grads(
-    spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None, backend: str | None
-) -> Layers:
-    """The gradient of every sample: W (n, d_l, d_{l-1}) and b (n, d_l) of each layer."""
-    if is_for_numba(spec, backend):
-        from mlp_backprop.engines.compiled import first_order
-
-        return first_order.sample_grads(spec, params, X, y, weight)
-    with undisturbed(spec, X.shape[0]):
-        factors = samples.sweep(spec, params, X, y, weight)[1]
-        return [samples.outer_product(spec.xp, D, H_below) for D, H_below in factors][::-1]
-
-
-def sample_norms(
-    spec: Spec,
-    params: Layers,
-    X: Array,
-    y: Array,
-    weight: Array | None,
-    per_layer: bool,
-    backend: str | None,
-) -> Array:
-    """The norm of every sample's gradient, (n,), or (n, L) layer by layer."""
-    if is_for_numba(spec, backend):
-        from mlp_backprop.engines.compiled import first_order
-
-        return first_order.norms(spec, params, X, y, weight, per_layer)
-    xp, norms = spec.xp, []
-
-    def measure(loss: Array | float, factors: Iterator[Factors]) -> None:
-        squares = samples.squared_norms(spec, factors)[::-1]
-        norms.append(xp.sqrt(xp.stack(squares, axis=1) if per_layer else sum(squares)))
-
-    for_each_sweep(spec, params, X, y, weight, measure)
-    return concatenated(xp, norms)
-
-
-def clipped_grads(
-    spec: Spec,
-    params: Layers,
-    X: Array,
-    y: Array,
-    weight: Array | None,
-    max_norm: float,
-    backend: str | None,
-) -> LossAndGrads:
-    """The loss, and the sum of the clipped gradients, or these divided."""
-    if is_for_numba(spec, backend):
-        from mlp_backprop.engines.compiled import first_order
-
-        return first_order.clipped_grads(spec, params, X, y, weight, max_norm)
-    total: list[tuple[Array | float, Layers]] = []
-
-    def add(loss: Array | float, factors: Iterator[Factors]) -> None:
-        block = loss, samples.clipped_sums(spec, factors, max_norm)
-        total[:] = [added_blocks([*total, block])]
-
-    for_each_sweep(spec, params, X, y, weight, add)
-    [(loss_sum, grads)] = total
-    sums = Sums(loss_sum, backprop.weight_sum(spec, X, weight), grads)
-    return backprop.reduced(spec, sums)

@@ -107,13 +107,6 @@ def product_sums(
     return sums[::-1]
 
 
-def transposed_product_sums(spec: Spec, params: Layers, X: Array, U: Array) -> Layers:
-    """Jᵀ u, summed over samples."""
-    Z, H = backprop.forward(spec, params, X)
-    deltas = backprop.backward(spec, params, Z, H, U)
-    return [backprop.layer_grad_sums(spec, D, H[l - 1]) for l, D in deltas][::-1]
-
-
 def at_outputs(
     spec: Spec, product: OutputProduct, H_L: Array, y: Array, weight: Array | None, V: Array
 ) -> Array:

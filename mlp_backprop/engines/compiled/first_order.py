@@ -140,10 +140,11 @@ def input_grads_pass(sources: int, real: DType) -> Pass:
     return input_grads_pass
 
 
-def vjp_sums(spec: Spec, params: list[Layer], X: Array, U: Array) -> list[Layer]:
-    """Jᵀ u, summed over samples, in float64."""
+def vjp(spec: Spec, params: list[Layer], X: Array, U: Array) -> list[Layer]:
+    """Jᵀ u, summed over samples."""
     n_sums = n_params(spec.sizes)
-    return by_layer(run(vjp_pass, spec, params, X, U, products=3, n_sums=n_sums), spec.sizes)
+    sums = run(vjp_pass, spec, params, X, U, products=3, n_sums=n_sums)
+    return by_layer(sums.astype(spec.dtype), spec.sizes)
 
 
 def vjp_pass(sources: int, real: DType) -> Pass:
