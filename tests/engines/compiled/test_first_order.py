@@ -172,7 +172,7 @@ def test_any_depth_and_widths(sizes, dtype):
 def test_the_checker_agrees():
     params, X, y, options = oracles.make_problem(weighted=True)
     also = ["per_sample_grads", "per_sample_grad_norms", "clipped_grads", "input_grads", "vjp"]
-    assert len(check_grads(params, X, y, backend="numba", also=also, **options)) == 6
+    check_grads(params, X, y, backend="numba", also=also, **options)  # which raises if not
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -321,6 +321,22 @@ def test_classes_of_any_integer_type(question, integer):
     other = problem._replace(y=problem.y.astype(integer))
     for A, B in zip(ask(question, other), ask(question, problem), strict=True):
         assert_bits(A, B)
+
+
+@pytest.mark.parametrize("n", [7, 100_000])
+@pytest.mark.parametrize("wrong", [-1, 4, 2**40])
+def test_a_class_out_of_range_is_refused(wrong, n):
+    problem = oracles.make_problem(n=n, loss="softmax_cross_entropy")
+    arrays = validation.problem(*problem[:3], reduction="sum", **problem.options)
+    arrays.y[n - 2] = wrong  # after the edge has looked
+    for refuse in (
+        partial(first_order.norms, per_layer=False),
+        partial(first_order.clipped_grads, max_norm=1.0),
+        first_order.sample_grads,
+        first_order.input_grads,
+    ):
+        with pytest.raises(ValueError, match="y must hold class indices from 0 to 3"):
+            refuse(*arrays)
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
