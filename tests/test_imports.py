@@ -141,6 +141,13 @@ IMPORTS = {
         "engines.threads types",
         "numpy",
     ),
+    "engines.compiled.first_order": (
+        "backprop engines.compiled.engine engines.compiled.formulas engines.compiled.jobs "
+        "engines.compiled.kernels engines.compiled.layout engines.compiled.passes "
+        "engines.compiled.products engines.compiled.rows engines.compiled.tiles "
+        "engines.compiled.vectors types",
+        "numpy",
+    ),
     "engines.numpy_products": (
         "backprop engines.numpy_tiles engines.schedule engines.shared_products "
         "engines.threads maths.row_blocks maths.tangents types",
@@ -148,8 +155,9 @@ IMPORTS = {
     ),
     "engines.choice": (
         "backprop edge.backends edge.kinds edge.rules engines.compiled.engine "
-        "engines.cuda.engine engines.numpy_products engines.numpy_tiles engines.schedule "
-        "engines.threads maths.row_blocks maths.samples maths.tangents types",
+        "engines.compiled.first_order engines.cuda.engine engines.numpy_products "
+        "engines.numpy_tiles engines.schedule engines.threads maths.row_blocks "
+        "maths.samples maths.tangents types",
         "numpy",
     ),
     # derivatives

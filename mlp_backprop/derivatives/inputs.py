@@ -49,7 +49,8 @@ def input_grads(params: Params, X: ArrayLike, y: ArrayLike, **options: Unpack[Su
     array([[8.]])
     """
     problem = validation.problem(params, X, y, **options)
-    return _input_grads(problem)
+    compiled = choice.first_order(problem.spec, options.get("backend"))
+    return compiled.input_grads(*problem) if compiled else _input_grads(problem)
 
 
 def _input_grads(problem: Problem) -> Array:

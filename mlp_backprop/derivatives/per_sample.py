@@ -71,6 +71,10 @@ def per_sample_grads(
     True
     """
     spec, *arrays = validation.problem(params, X, y, reduction="sum", **options)
+    compiled = choice.first_order(spec, options.get("backend"))
+    if compiled:
+        grads: list[Layer] = compiled.sample_grads(spec, *arrays)
+        return grads
     with choice.undisturbed(spec, arrays[1].shape[0]):
         factors = samples.sweep(spec, *arrays)[1]
         return [samples.outer_product(spec.xp, D, H_below) for D, H_below in factors][::-1]
@@ -118,6 +122,9 @@ def per_sample_grad_norms(
     array([160.,   8.])
     """
     spec, layers, X, y, weight = validation.problem(params, X, y, reduction="sum", **options)
+    compiled = choice.first_order(spec, options.get("backend"))
+    if compiled:
+        return compiled.norms(spec, layers, X, y, weight, per_layer)
     xp, norms = spec.xp, []
 
     def measure(loss: Array | float, factors: Iterable[Factors]) -> None:
@@ -180,6 +187,10 @@ def clipped_grads(
     """
     max_norm = _checked_norm(max_norm)
     spec, layers, X, y, weight = validation.problem(params, X, y, **options)
+    compiled = choice.first_order(spec, options.get("backend"))
+    if compiled:
+        result: LossAndGrads = compiled.clipped_grads(spec, layers, X, y, weight, max_norm)
+        return result
     total: list[tuple[Array | float, list[Layer]]] = []
 
     def add(loss: Array | float, factors: Iterable[Factors]) -> None:

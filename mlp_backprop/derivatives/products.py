@@ -118,6 +118,10 @@ def vjp(params: Params, X: ArrayLike, u: ArrayLike, **options: Unpack[NetOptions
     """
     net = validation.network(params, X, **options)
     U = validation.like_outputs(u, "u", net, options.get("backend"))
+    compiled = choice.first_order(net.spec, options.get("backend"))
+    if compiled:
+        grads: list[Layer] = compiled.vjp(net.spec, net.params, net.X, U)
+        return grads
     spec = net.spec._replace(loss=INNER_PRODUCT)
 
     def sums(rows: slice) -> list[Layer]:

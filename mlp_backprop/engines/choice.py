@@ -95,6 +95,15 @@ def plan(spec: Spec, n: int, backend: str | None, precision: str = "float32") ->
     return Pass(run or partial(derivation, spec))
 
 
+def first_order(spec: Spec, backend: str | None) -> Any:
+    """The compiled passes for first derivatives, where they are asked for and cover this net."""
+    if not is_for_numba(spec, backend):
+        return None
+    from mlp_backprop.engines.compiled import first_order
+
+    return first_order
+
+
 def is_for_numba(spec: Spec, backend: str | None) -> bool:
     """Whether a compiled pass is asked for, and covers this net."""
     if backend != "numba":

@@ -39,6 +39,15 @@ def fill(A, value, n_rows, stride, m):
 
 
 @compiled
+def copy(A, B, n_rows, stride, m):
+    """A = B."""
+    n_rows, m = shape(n_rows, stride, m)
+    for row in range(n_rows):
+        for t in range(at(row * stride), at(row * stride + m)):
+            A[t] = B[t]
+
+
+@compiled
 def multiply(A, B, n_rows, stride, m):
     """A = A ∘ B."""
     n_rows, m = shape(n_rows, stride, m)
@@ -54,6 +63,15 @@ def multiply_by_row(A, factors, n_rows, stride, m):
         a = at(row * stride)
         for t in range(at(m)):
             A[a + t] *= factors[t]
+
+
+@compiled
+def add_squares(S, A, n_rows, stride, m):
+    """S plus the squares of every row."""
+    for row in range(n_rows):
+        a = at(row * stride)
+        for t in range(at(m)):
+            S[t] += A[a + t] * A[a + t]
 
 
 @summing

@@ -52,6 +52,19 @@ def load_labels(A, stride, m, labels, step, n, n_classes):
     return known
 
 
+# To arrays for the caller ------------------------------------------------------------------------
+
+
+@compiled
+def store(out, A, stride, n, n_columns):
+    """Rows of a tile as the columns of n rows, which lie without gaps."""
+    squares, columns = n - n % lanes(A), n_columns - n_columns % lanes(A)
+    transpose(out, n_columns, A, stride, columns, squares)
+    for t in range(n):
+        for j in range(columns if t < squares else 0, n_columns):
+            out[t * n_columns + j] = A[j * stride + t]
+
+
 # The derivation ----------------------------------------------------------------------------------
 
 
@@ -98,6 +111,15 @@ def grads_below(job, layer, A, stride, m):
     _, n_in, n_out, _, d, _, W, _ = layer
     D, G, W_l = shifted(A, d * stride), shifted(A, job.G * stride), pointer(A, W)
     call(job.product, (NOTHING, G, G, stride, W_l, 1, n_in, D, stride, n_in, n_out, m))
+
+
+@compiled
+def backward(job, layers, A, stride, n, m):
+    """Every D_l, from G_L."""
+    for l in range(len(layers) - 1, -1, -1):
+        deltas(job, layers[l], A, stride, n, m)
+        if l > 0:
+            grads_below(job, layers[l], A, stride, m)
 
 
 @compiled
