@@ -29,7 +29,7 @@ from mlp_backprop.edge.backends import library_name
 from mlp_backprop.engines import numpy_products, numpy_tiles, threads
 from mlp_backprop.engines.schedule import SMALLEST_DIVIDED_PRODUCT
 from mlp_backprop.maths import samples, tangents
-from mlp_backprop.maths.row_blocks import added_layers, row_blocks, rows_of
+from mlp_backprop.maths.row_blocks import added_layers, concatenated, row_blocks, rows_of
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.maths.tangents import Kind
 from mlp_backprop.types import Array, Layers, LossAndGrads
@@ -146,10 +146,36 @@ def for_each_sweep(
             use(*samples.sweep(spec, params, X[rows, ...], y[rows, ...], rows_of(weight, rows)))
 
 
+def jacobian_product(spec: Spec, params: Layers, v: Layers, X: Array, backend: str | None) -> Array:
+    """J v, a row for each of X."""
+    if is_for_numba(spec, backend):
+        from mlp_backprop.engines.compiled import second_order
+
+        return second_order.jacobian_product(spec, [*params], [*v], X)
+    blocks = []
+    with undisturbed(spec, X.shape[0]):
+        for cut in row_blocks(spec.xp, X, tangents.row_numbers(spec)):
+            for step in tangents.tangents(spec, params, v, X[cut, :]):
+                dH = step.dH
+            blocks.append(dH)
+    return concatenated(spec.xp, blocks)
+
+
 def vector_product_sums(
-    spec: Spec, kind: Kind, params: Layers, v: Layers, X: Array, y: Array, weight: Array | None
+    spec: Spec,
+    kind: Kind,
+    params: Layers,
+    v: Layers,
+    X: Array,
+    y: Array,
+    weight: Array | None,
+    backend: str | None,
 ) -> Layers:
     """The matrix of this kind, summed over samples, times v."""
+    if is_for_numba(spec, backend):
+        from mlp_backprop.engines.compiled import second_order
+
+        return second_order.product_sums(spec, kind, [*params], [*v], X, y, weight)
     if is_for_numpy(spec):
         return numpy_products.tiled_product_sums(spec, kind, params, v, X, y, weight)
 

@@ -21,6 +21,8 @@ FIELDS = (
     *("labels", "label_step", "weight", "weight_step"),
     # The net: a layer_table; and addresses of parts
     *("layers", "n_layers", "product", "dots", "loss"),
+    # A vector of second_order.py, as the net, with where J v goes; addresses of parts
+    *("vector", "changes", "bends", "output_product"),
     # How the rows are cut into chunks
     *("n_chunks", "chunk_rows"),
     # A workspace per worker, and what is where in it

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numba import cfunc, from_dtype, njit, types
 
-from mlp_backprop.engines.compiled import products, rows
+from mlp_backprop.engines.compiled import curvatures, products, rows
 from mlp_backprop.engines.compiled.formulas import OPTIONS
 from mlp_backprop.types import DType
 
@@ -86,4 +86,5 @@ PARTS: dict[str, tuple[Callable[..., Callable[..., None]], str]] = {
     "activation": (rows.activation, "AAnnn"),
     "activation2": (rows.activation2, "AAAnnn"),
     "loss": (rows.loss, "AAAnnn"),
+    "output_product": (curvatures.output_product, "AAAAnnn"),
 }
