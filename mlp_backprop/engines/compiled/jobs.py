@@ -90,7 +90,8 @@ def job_of(spec: Spec, params: list[Layer], layout: Layout, **fields: int | Arra
 
 def as_compiled(A: Array) -> Array:
     """The array if compiled code can read it as it lies, else a copy."""
-    return np.require(A, requirements=("C", "A"))
+    flags = A.flags
+    return A if flags.c_contiguous and flags.aligned else np.require(A, requirements=("C", "A"))
 
 
 def labels_of(y: Array) -> Array:

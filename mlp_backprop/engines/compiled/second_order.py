@@ -18,7 +18,7 @@ from mlp_backprop.backprop import Spec
 from mlp_backprop.engines.compiled import curvatures
 from mlp_backprop.engines.compiled.engine import by_layer
 from mlp_backprop.engines.compiled.formulas import compiled
-from mlp_backprop.engines.compiled.jobs import as_compiled, job_at, layer_table, layers_of
+from mlp_backprop.engines.compiled.jobs import as_compiled, job_at, layers_of
 from mlp_backprop.engines.compiled.kernels import load_rows
 from mlp_backprop.engines.compiled.layout import stride_for, whole_vectors
 from mlp_backprop.engines.compiled.parts import address
@@ -101,7 +101,7 @@ def run_along(
 ) -> Array:
     """As `run`, with a vector."""
     own = [Layer(as_compiled(V), as_compiled(c)) for V, c in v]  # which have to live until the end
-    vector = layer_table(own, [row.name for row in spec.activations], spec.dtype)
+    vector = np.array([(V.ctypes.data, c.ctypes.data) for V, c in own], np.int64)
     return run(make, spec, params, X, y, weight, vector=vector, **more)
 
 
@@ -148,7 +148,7 @@ def add_tile(job, layers, vector, A, start, n, sums):
             changes_of_deltas(job, layers, l, A, stride, n, m)
             changes_of_weight_grads(job, layers, l, A, stride, n, m, sums)
             if l > 0:
-                changes_below(job, layers, l, vector[l], A, stride, m)
+                changes_below(job, layers, l, vector[l, 0], A, stride, m)
         else:
             deltas(job, layers[l], A, stride, n, m)
             weight_grads(job, layers[l], A, stride, n, m, sums)
@@ -187,7 +187,7 @@ def jacobian_product_pass(sources: int, real: DType) -> Callable[[int, int, int]
 
 @compiled
 def vector_of(job):
-    return carray(pointer(np.int64, job.vector), (job.n_layers, 8))
+    return carray(pointer(np.int64, job.vector), (job.n_layers, 2))
 
 
 @compiled
@@ -222,7 +222,7 @@ def forward_along(job, layers, vector, A, stride, m):
         )
         dH = shifted(A, dH_of(job, layers, l) * stride)
         W_l, b_l = pointer(A, W), pointer(A, b)
-        V_l, c_l = pointer(A, vector[l, 6]), pointer(A, vector[l, 7])
+        V_l, c_l = pointer(A, vector[l, 0]), pointer(A, vector[l, 1])
         call(job.product, (COLUMN, b_l, H, stride, W_l, n_in, 1, below, stride, n_out, n_in, m))
         call(job.product, (COLUMN, c_l, dH, stride, V_l, n_in, 1, below, stride, n_out, n_in, m))
         if l > 0:
@@ -288,10 +288,10 @@ def changes_of_weight_grads(job, layers, l, A, stride, n, m, sums):
 
 
 @compiled
-def changes_below(job, layers, l, along, A, stride, m):
+def changes_below(job, layers, l, V, A, stride, m):
     """DG_{l-1} = W_lᵀ dD_l + V_lᵀ D_l, equation (V4)."""
     _, n_in, n_out, _, d, _, W, _ = layers[l]
     D, dD = shifted(A, d * stride), shifted(A, (dH_of(job, layers, l) + units(layers)) * stride)
-    dG, W_l, V_l = shifted(A, dG_of(job, layers) * stride), pointer(A, W), pointer(A, along[6])
+    dG, W_l, V_l = shifted(A, dG_of(job, layers) * stride), pointer(A, W), pointer(A, V)
     call(job.product, (NOTHING, dG, dG, stride, W_l, 1, n_in, dD, stride, n_in, n_out, m))
     call(job.product, (ITSELF, dG, dG, stride, V_l, 1, n_in, D, stride, n_in, n_out, m))
