@@ -62,6 +62,10 @@ IMPORTS = {
     "engines.compiled": ("", ""),
     "engines.compiled.formulas": ("activations", "numba numpy"),
     "engines.compiled.rows": ("engines.compiled.formulas", "numba numpy"),
+    "engines.compiled.curvatures": (
+        "engines.compiled.formulas engines.compiled.rows losses",
+        "numba",
+    ),
     "engines.compiled.schedule": ("types", ""),
     "engines.compiled.vectors": ("", "llvmlite numba"),
     "engines.compiled.layout": ("engines.compiled.formulas engines.compiled.vectors types", ""),
@@ -70,7 +74,8 @@ IMPORTS = {
         "llvmlite numba numpy",
     ),
     "engines.compiled.parts": (
-        "engines.compiled.formulas engines.compiled.products engines.compiled.rows types",
+        "engines.compiled.curvatures engines.compiled.formulas engines.compiled.products "
+        "engines.compiled.rows types",
         "numba numpy",
     ),
     "engines.compiled.jobs": (
@@ -132,15 +137,23 @@ IMPORTS = {
         "engines.compiled.schedule engines.numpy_tiles engines.threads types",
         "numpy",
     ),
+    "engines.compiled.second_order": (
+        "backprop engines.compiled.curvatures engines.compiled.engine "
+        "engines.compiled.formulas engines.compiled.jobs engines.compiled.kernels "
+        "engines.compiled.layout engines.compiled.parts engines.compiled.passes "
+        "engines.compiled.products engines.compiled.rows engines.compiled.tiles "
+        "engines.compiled.vectors maths.tangents types",
+        "numba numpy",
+    ),
     "engines.numpy_products": (
         "backprop engines.numpy_tiles engines.schedule engines.threads maths.row_blocks "
         "maths.tangents types",
         "numpy",
     ),
     "engines.choice": (
-        "backprop edge.backends engines.compiled.engine engines.cuda.engine "
-        "engines.numpy_products engines.numpy_tiles engines.schedule engines.threads "
-        "maths.row_blocks maths.samples maths.tangents types",
+        "backprop edge.backends engines.compiled.engine engines.compiled.second_order "
+        "engines.cuda.engine engines.numpy_products engines.numpy_tiles engines.schedule "
+        "engines.threads maths.row_blocks maths.samples maths.tangents types",
         "numpy",
     ),
     # derivatives
@@ -260,12 +273,14 @@ ONLY_IN = {
     "matplotlib": {"bench.charts"},
     "llvmlite": {"engines.compiled.products", "engines.compiled.vectors"},
     "numba": {
+        "engines.compiled.curvatures",
         "engines.compiled.formulas",
         "engines.compiled.jobs",
         "engines.compiled.kernels",
         "engines.compiled.parts",
         "engines.compiled.products",
         "engines.compiled.rows",
+        "engines.compiled.second_order",
         "engines.compiled.vectors",
     },
     "rich": {"programs.screens"},

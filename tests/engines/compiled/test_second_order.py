@@ -131,6 +131,15 @@ def test_extreme_logits(loss, size, kind, dtype):
     np.testing.assert_allclose(got, expected, rtol, rtol * abs(size) + rtol)
 
 
+def test_columns_behind_the_last_row_count_for_nothing(kind, dtype):
+    # Where inputs are 0 the rate is infinite, and infinity times a weight of 0 is not 0.
+    problem = oracles.make_problem((1, 1), 5, loss="poisson").astype(dtype)
+    problem = problem._replace(
+        params=[(np.array([[-1000]], dtype), np.array([1000], dtype))], X=np.ones((5, 1), dtype)
+    )
+    assert np.isfinite(ravel_params(compiled(kind, problem, vector(problem, dtype)))).all()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 257, 1000])
 def test_change_of_the_outputs(n, activation, dtype):
