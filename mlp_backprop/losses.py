@@ -92,10 +92,11 @@ def _huber_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array
 # b over both tails, where it is exp(1/2 - |r|).
 _INSIDE = math.sqrt(2 * math.pi) * math.erf(math.sqrt(0.5))
 _TAILS = 2 * math.exp(-0.5)
+HUBER_FISHER = _INSIDE / (_INSIDE + _TAILS)
 
 
 def _huber_fisher_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
-    return _INSIDE / (_INSIDE + _TAILS) * V
+    return HUBER_FISHER * V
 
 
 def _poisson(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:

@@ -65,6 +65,10 @@ IMPORTS = {
     "engines.compiled": ("", ""),
     "engines.compiled.formulas": ("activations", "numba numpy"),
     "engines.compiled.rows": ("engines.compiled.formulas", "numba numpy"),
+    "engines.compiled.curvatures": (
+        "engines.compiled.formulas engines.compiled.rows losses",
+        "numba",
+    ),
     "engines.compiled.schedule": ("types", ""),
     "engines.compiled.vectors": ("", "llvmlite numba"),
     "engines.compiled.layout": ("engines.compiled.formulas engines.compiled.vectors types", ""),
@@ -73,7 +77,8 @@ IMPORTS = {
         "llvmlite numba numpy",
     ),
     "engines.compiled.parts": (
-        "engines.compiled.formulas engines.compiled.products engines.compiled.rows types",
+        "engines.compiled.curvatures engines.compiled.formulas engines.compiled.products "
+        "engines.compiled.rows types",
         "numba numpy",
     ),
     "engines.compiled.jobs": (
@@ -148,6 +153,14 @@ IMPORTS = {
         "engines.compiled.vectors types",
         "numpy",
     ),
+    "engines.compiled.second_order": (
+        "backprop engines.compiled.curvatures engines.compiled.engine "
+        "engines.compiled.formulas engines.compiled.jobs engines.compiled.kernels "
+        "engines.compiled.layout engines.compiled.parts engines.compiled.passes "
+        "engines.compiled.products engines.compiled.rows engines.compiled.tiles "
+        "engines.compiled.vectors maths.tangents types",
+        "numba numpy",
+    ),
     "engines.numpy_products": (
         "backprop engines.numpy_tiles engines.schedule engines.shared_products "
         "engines.threads maths.row_blocks maths.tangents types",
@@ -155,9 +168,9 @@ IMPORTS = {
     ),
     "engines.choice": (
         "backprop edge.backends edge.kinds edge.rules engines.compiled.engine "
-        "engines.compiled.first_order engines.cuda.engine engines.numpy_products "
-        "engines.numpy_tiles engines.schedule engines.threads maths.row_blocks "
-        "maths.samples maths.tangents types",
+        "engines.compiled.first_order engines.compiled.second_order engines.cuda.engine "
+        "engines.numpy_products engines.numpy_tiles engines.schedule engines.threads "
+        "maths.row_blocks maths.samples maths.tangents types",
         "numpy",
     ),
     # derivatives
@@ -284,12 +297,14 @@ ONLY_IN = {
         "engines.compiled.vectors",
     },
     "numba": {
+        "engines.compiled.curvatures",
         "engines.compiled.formulas",
         "engines.compiled.jobs",
         "engines.compiled.kernels",
         "engines.compiled.parts",
         "engines.compiled.products",
         "engines.compiled.rows",
+        "engines.compiled.second_order",
         "engines.compiled.team",
         "engines.compiled.vectors",
     },

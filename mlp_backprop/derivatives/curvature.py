@@ -241,13 +241,13 @@ def linear_operator(
             f"linear_operator needs scipy ({error}): pip install 'mlp-backprop[scipy]'"
         ) from error
     xp, layers, home = problem.spec.xp, problem.params, problem.home
-    dtype = dtype_name(problem.spec.dtype)
+    dtype, backend = dtype_name(problem.spec.dtype), options.get("backend")
 
     @quietly
     def times(x: Array) -> Array:
-        with backends.callers_stream([X], options.get("backend")):
+        with backends.callers_stream([X], backend):
             vector = home.place(Argument("x", np.reshape(x, -1), np), dtype)
-            result = products.product(row, problem, unravel(xp, vector, layers))
+            result = products.product(row, problem, unravel(xp, vector, layers), backend)
             return backends.to_numpy(xp, ravel(xp, result))
 
     P = n_numbers(layers)

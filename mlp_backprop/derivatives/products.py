@@ -12,8 +12,8 @@ from mlp_backprop.edge.calls import public
 from mlp_backprop.edge.validation import Problem
 from mlp_backprop.engines import choice
 from mlp_backprop.losses import Loss
-from mlp_backprop.maths.row_blocks import added_layers, concatenated
-from mlp_backprop.maths.tangents import KINDS, Kind, row_numbers, tangents
+from mlp_backprop.maths.row_blocks import added_layers
+from mlp_backprop.maths.tangents import KINDS, Kind, row_numbers
 from mlp_backprop.types import (
     Array,
     ArrayLike,
@@ -75,13 +75,7 @@ def jvp(params: Params, X: ArrayLike, v: Params, **options: Unpack[NetOptions]) 
     """
     net = validation.network(params, X, **options)
     v = validation.like_params(v, "v", net, options.get("backend"))
-
-    def change(rows: slice) -> Array:
-        *_, last = tangents(net.spec, net.params, v, net.X[rows, :])
-        return last.dH
-
-    numbers, n = row_numbers(net.spec), net.X.shape[0]
-    return concatenated(net.spec.xp, choice.each_block(net.spec, net.X, numbers, change, rows=n))
+    return choice.jacobian_product(net.spec, net.params, v, net.X, options.get("backend"))
 
 
 @public
@@ -250,12 +244,12 @@ def _product(
 ) -> list[Layer]:
     problem = validation.problem(params, X, y, **options)
     vector = validation.like_params(v, "v", problem, options.get("backend"))
-    return product(KINDS[kind], problem, vector)
+    return product(KINDS[kind], problem, vector, options.get("backend"))
 
 
-def product(kind: Kind, problem: Problem, v: list[Layer]) -> list[Layer]:
+def product(kind: Kind, problem: Problem, v: list[Layer], backend: str | None) -> list[Layer]:
     """The product with a vector, for arguments that are checked."""
     spec, params, X, y, weight = problem
-    total = choice.vector_product_sums(spec, kind, params, v, X, y, weight)
+    total = choice.vector_product_sums(spec, kind, params, v, X, y, weight, backend)
     sums = Sums(0.0, backprop.weight_sum(spec, X, weight), total)
     return backprop.reduced(spec, sums).grads

@@ -268,10 +268,36 @@ def for_each_sweep(
             use(*samples.sweep(spec, params, X[rows, ...], y[rows, ...], rows_of(weight, rows)))
 
 
+def jacobian_product(spec: Spec, params: Layers, v: Layers, X: Array, backend: str | None) -> Array:
+    """J v, a row for each of X."""
+    if is_for_numba(spec, backend):
+        from mlp_backprop.engines.compiled import second_order
+
+        return second_order.jacobian_product(spec, [*params], [*v], X)
+
+    def change(rows: slice) -> Array:
+        *_, last = tangents.tangents(spec, params, v, X[rows, :])
+        return last.dH
+
+    numbers = tangents.row_numbers(spec)
+    return concatenated(spec.xp, each_block(spec, X, numbers, change, rows=X.shape[0]))
+
+
 def vector_product_sums(
-    spec: Spec, kind: Kind, params: Layers, v: Layers, X: Array, y: Array, weight: Array | None
+    spec: Spec,
+    kind: Kind,
+    params: Layers,
+    v: Layers,
+    X: Array,
+    y: Array,
+    weight: Array | None,
+    backend: str | None,
 ) -> Layers:
     """The matrix of this kind, summed over samples, times v."""
+    if is_for_numba(spec, backend):
+        from mlp_backprop.engines.compiled import second_order
+
+        return second_order.product_sums(spec, kind, [*params], [*v], X, y, weight)
     if is_for_numpy(spec):
         return numpy_products.tiled_product_sums(spec, kind, params, v, X, y, weight)
 

@@ -66,7 +66,9 @@ def outputs_pass(sources: int, real: DType) -> Pass:
             load_rows(job, layers, A, stride, start, n, m)
             forward(job, layers, A, stride, m)
             H = shifted(A, layers[-1, 3] * stride)
-            store(out_rows(job, A, start, layers[-1, 2]), H, stride, n, layers[-1, 2])
+            store(
+                out_rows(job, A, start, layers[-1, 2]), layers[-1, 2], H, stride, n, layers[-1, 2]
+            )
         return True
 
     return outputs_pass
@@ -134,7 +136,7 @@ def input_grads_pass(sources: int, real: DType) -> Pass:
             backward(job, layers, A, stride, n, m)
             grads_below(job, layers[0], A, stride, m)  # (4)
             G, n_in = shifted(A, job.G * stride), layers[0, 1]
-            store(out_rows(job, A, start, n_in), G, stride, n, n_in)
+            store(out_rows(job, A, start, n_in), n_in, G, stride, n, n_in)
         return known
 
     return input_grads_pass
@@ -222,7 +224,7 @@ def norms_pass(sources: int, real: DType) -> Pass:
             for row in range(n_columns):
                 for t in range(at(row * stride), at(row * stride + m)):
                     S[t] = sqrt(S[t])
-            store(out_rows(job, A, start, n_columns), S, stride, n, n_columns)
+            store(out_rows(job, A, start, n_columns), n_columns, S, stride, n, n_columns)
         return known
 
     return norms_pass
@@ -354,7 +356,7 @@ def outer_products(job, layer, A, stride, n, m, W, b):
     """Equation (P1)."""
     _, n_in, n_out, h, d, _, _, _ = layer
     T, row = shifted(A, job.T), whole_vectors(n_in, lanes(A))
-    store(b, shifted(A, d * stride), stride, n, n_out)
+    store(b, n_out, shifted(A, d * stride), stride, n, n_out)
     transpose(T, row, shifted(A, (h - n_in) * stride), stride, n_in, m)
     for t in range(n):
         below = at(t * row)

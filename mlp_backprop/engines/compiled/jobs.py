@@ -21,6 +21,8 @@ FIELDS = (
     *("labels", "label_step", "weight", "weight_step"),
     # The net: a layer_table; and addresses of parts
     *("layers", "n_layers", "product", "dots", "loss"),
+    # A vector of second_order.py, as the net, with where J v goes; addresses of parts
+    *("vector", "changes", "bends", "output_product"),
     # How the rows are cut into chunks
     *("n_chunks", "chunk_rows"),
     # Whether a label was seen that is no class
@@ -93,7 +95,8 @@ def job_of(spec: Spec, params: list[Layer], layout: Layout, **fields: int | Arra
 
 def as_compiled(A: Array) -> Array:
     """The array if compiled code can read it as it lies, else a copy."""
-    return np.require(A, requirements=("C", "A"))
+    flags = A.flags
+    return A if flags.c_contiguous and flags.aligned else np.require(A, requirements=("C", "A"))
 
 
 def labels_of(y: Array) -> Array:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numba import cfunc, from_dtype, njit, types
 
-from mlp_backprop.engines.compiled import products, rows
+from mlp_backprop.engines.compiled import curvatures, products, rows
 from mlp_backprop.engines.compiled.formulas import OPTIONS
 from mlp_backprop.types import DType
 
@@ -27,7 +27,7 @@ NUMBER = types.intp
 
 @cache
 def address(dtype: DType, name: str, k: int | None = None) -> int:
-    """Where a part begins: "product", "dots", or row k of "activation" or "loss"."""
+    """Where a part begins: "product", "dots", or row k of a table such as "activation"."""
     make, arguments = PARTS[name]
     real = types.CPointer(from_dtype(np.dtype(dtype)))
     signature = types.void(*(real if argument == "A" else NUMBER for argument in arguments))
@@ -116,5 +116,7 @@ PARTS: dict[str, tuple[Callable[..., Callable[..., None]], str]] = {
     "product": (_product, "nAAnAnnAnnnn"),
     "dots": (_dots, "AnAnAnnnn"),
     "activation": (rows.activation, "AAnnn"),
+    "activation2": (rows.activation2, "AAAnnn"),
     "loss": (rows.loss, "AAAnnn"),
+    "output_product": (curvatures.output_product, "AAAAnnn"),
 }

@@ -6,6 +6,7 @@ order: the number of threads changes no bit.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -49,15 +50,30 @@ def run(
     job.set(n_sums=n_sums)
     labels = _place(job, dtype, X, y, weight, n_chunks, chunk_rows)
     if n_chunks == 1:
-        parts.entry(make, kernels.CHUNK, dtype)(job.address, 0, 0)
+        _add_rows(make, dtype)(job.address, 0, 0)
     else:
-        team.run(parts.work(make, kernels.CHUNK, dtype), job.address, n_chunks, n_workers)
+        team.run(_work(make, dtype), job.address, n_chunks, n_workers)
     if job.record["unknown"][0]:
         check_target_values(Argument("y", y, np), spec.loss, spec.sizes[-1])
     del labels  # which had to live until now
     for more in sums[1:]:
         sums[0] += more
     return sums[0]
+
+
+@cache  # for signatures take long to look up
+def _add_rows(make: Callable[..., Any], dtype: np.dtype[Any]) -> Any:
+    return parts.entry(make, kernels.CHUNK, dtype)
+
+
+@cache
+def _work(make: Callable[..., Any], dtype: np.dtype[Any]) -> int:
+    return parts.work(make, kernels.CHUNK, dtype)
+
+
+@cache
+def _placer(dtype: np.dtype[Any]) -> Any:
+    return parts.entry(kernels.place, kernels.placing(dtype))
 
 
 def _place(
@@ -74,6 +90,5 @@ def _place(
     targets = no_targets if y is None or y.ndim == 1 else y
     labels = labels_of(no_targets if y is None else y)
     weights = results if weight is None else weight
-    place = parts.entry(kernels.place, kernels.placing(dtype))
-    place(job.address, n_chunks, chunk_rows, X, targets, labels, weights, results)
+    _placer(dtype)(job.address, n_chunks, chunk_rows, X, targets, labels, weights, results)
     return labels

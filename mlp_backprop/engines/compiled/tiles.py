@@ -56,13 +56,13 @@ def load_labels(A, stride, m, labels, step, n, n_classes):
 
 
 @compiled
-def store(out, A, stride, n, n_columns):
-    """Rows of a tile as the columns of n rows, which lie without gaps."""
+def store(out, row, A, stride, n, n_columns):
+    """Rows of a tile as the columns of n rows, so many numbers from each to the next."""
     squares, columns = n - n % lanes(A), n_columns - n_columns % lanes(A)
-    transpose(out, n_columns, A, stride, columns, squares)
+    transpose(out, row, A, stride, columns, squares)
     for t in range(n):
         for j in range(columns if t < squares else 0, n_columns):
-            out[t * n_columns + j] = A[j * stride + t]
+            out[t * row + j] = A[j * stride + t]
 
 
 # The derivation ----------------------------------------------------------------------------------
@@ -126,7 +126,16 @@ def backward(job, layers, A, stride, n, m):
 def weight_grads(job, layer, A, stride, n, m, sums):
     """Equations (1) and (2), D_l H_{l-1}ᵀ and D_l 1, added to sums."""
     _, n_in, n_out, h, d, place, _, _ = layer
-    D, H = shifted(A, d * stride), shifted(A, (h - n_in) * stride)
+    D, db = shifted(A, d * stride), shifted(sums, place + n_out * n_in)
+    weight_products(job, layer, A, D, shifted(A, (h - n_in) * stride), stride, n, m, sums)
+    for o in range(n_out):
+        db[o] += row_sum(shifted(D, o * stride), m)
+
+
+@compiled
+def weight_products(job, layer, A, D, H, stride, n, m, sums):
+    """D Hᵀ, of rows of layer l and of the one below, added to the sums for W_l."""
+    _, n_in, n_out, _, _, place, _, _ = layer
     T, P, row = shifted(A, job.T), shifted(A, job.P), n_in
     if n_in < NARROW or n_out < NARROW:
         call(job.dots, (P, row, D, stride, H, stride, n_out, n_in, m))
@@ -135,8 +144,6 @@ def weight_grads(job, layer, A, stride, n, m, sums):
         transpose(T, row, H, stride, n_in, m)
         call(job.product, (NOTHING, P, P, row, D, stride, 1, T, row, n_out, n, row))
     dW = shifted(sums, place)
-    db = shifted(dW, n_out * n_in)
     for o in range(n_out):
         for i in range(n_in):
             dW[o * n_in + i] += P[o * row + i]
-        db[o] += row_sum(shifted(D, o * stride), m)
