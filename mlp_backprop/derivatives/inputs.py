@@ -111,11 +111,14 @@ def jacobian(
     [(4, 2, 5, 3), (4, 2, 2, 5)]
     """
     compute = table_row("wrt", wrt, JACOBIANS)
-    return compute(validation.network(params, X, **options))
+    return compute(validation.network(params, X, **options), options.get("backend"))
 
 
-def _input_jacobian(net: Problem) -> Array:
+def _input_jacobian(net: Problem, backend: str | None) -> Array:
     spec, layers, X, *_ = net
+    compiled = choice.compiled_jets(spec, backend)
+    if compiled is not None:
+        return compiled.jacobian(spec, layers, X)
     xp, n_in, n_out = spec.xp, spec.sizes[0], spec.sizes[-1]
 
     def backward(Z: list[Array], H: list[Array]) -> Array:
@@ -129,7 +132,7 @@ def _input_jacobian(net: Problem) -> Array:
     return _by_blocks(net, min(n_in, n_out), backward if n_out <= n_in else forward)
 
 
-def _params_jacobian(net: Problem) -> list[Layer]:
+def _params_jacobian(net: Problem, backend: str | None) -> list[Layer]:
     """Not in blocks: the result is larger than all that the pass keeps."""
     spec, layers, X, *_ = net
     xp = spec.xp

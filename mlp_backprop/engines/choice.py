@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,15 @@ def is_for_numba(spec: Spec, backend: str | None) -> bool:
     from mlp_backprop.engines.compiled import engine
 
     return engine.covers(spec)
+
+
+def compiled_jets(spec: Spec, backend: str | None) -> ModuleType | None:
+    """What has the derivatives by inputs compiled, where that is asked for and covers this net."""
+    if not is_for_numba(spec, backend):
+        return None
+    from mlp_backprop.engines.compiled import jets
+
+    return jets
 
 
 def derivation(

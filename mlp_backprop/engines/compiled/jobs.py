@@ -30,6 +30,8 @@ FIELDS = (
     # Sums of every chunk in float64: of the gradients, as the parameters lie, losses and weights.
     # Then the same of all chunks, divided, in the net's dtype
     *("sums", "n_sums", "results", "is_mean"),
+    # What a pass writes for every row of X
+    "out",
 )
 NO_LABELS = np.empty(0, np.int64)
 W_PLACE = 6  # in a row of the layer_table

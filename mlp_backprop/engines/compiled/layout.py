@@ -8,6 +8,7 @@ side by side. One after the other:
     Y                        d_L rows of targets, classes as a 1 among zeros; later the losses
     weights
     G                        G_l of the layer at work: as many rows as the widest has
+    more                     what else a pass asks for
 
 Behind the last sample lie columns up to a whole number of vectors. There D is 0, so that no sum
 over samples sees them. T and P follow: H_{l-1} transposed, and dE/dW_l, of the layer at work.
@@ -30,12 +31,13 @@ SHORT_LINES = 2
 
 
 class Layout(NamedTuple):
-    """Rows of X in a tile; the rows where Y, weights and G begin; the numbers where T and P do."""
+    """Rows of X in a tile; the rows where Y, weights, G, more begin; the numbers where T and P do."""
 
     tile_rows: int
     Y: int
     weights: int
     G: int
+    more: int
     T: int
     P: int
     size: int  # of all, in numbers
@@ -46,14 +48,15 @@ def layout(sizes: tuple[int, ...], n: int, dtype: DType, more_rows: int = 0) -> 
     lanes = VECTOR_BYTES // dtype.itemsize
     Y = sizes[0] + 2 * sum(sizes[1:])
     weights, G = Y + sizes[-1], Y + sizes[-1] + 1
-    n_rows = G + max(*sizes, sizes[-1] + 3) + more_rows  # three: softmax works there
+    more = G + max(*sizes, sizes[-1] + 3)  # three: softmax works there
+    n_rows = more + more_rows
     fitting = TILE_BYTES // (n_rows * dtype.itemsize) // LEAST_ROWS * LEAST_ROWS
     tile_rows = max(1, min(n, max(LEAST_ROWS, min(fitting, MOST_ROWS))))
     m = whole(tile_rows, lanes)
     T = (n_rows + lanes) * stride(m, lanes)  # transposed by squares, which reach behind a row
     P = T + m * whole(max(sizes[:-1]), lanes)
     most_weights = max(n_out * whole(n_in, lanes) for n_in, n_out in pairwise(sizes))
-    return Layout(tile_rows, Y, weights, G, T, P, whole(P + most_weights, 2 * lanes))
+    return Layout(tile_rows, Y, weights, G, more, T, P, whole(P + most_weights, 2 * lanes))
 
 
 @compiled
