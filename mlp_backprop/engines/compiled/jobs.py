@@ -30,8 +30,10 @@ FIELDS = (
     # Sums of every chunk in float64: of the gradients, as the parameters lie, losses and weights.
     # Then the same of all chunks, divided, in the net's dtype
     *("sums", "n_sums", "results", "is_mean"),
-    # What a pass writes for every row of X
-    "out",
+    # What a pass of jets.py writes for every row of X: H_L, its tangents, its second derivatives
+    *("outputs", "slopes", "second", "n_second"),
+    # Tables of its directions and groups of them, and where in a tile these are; parts
+    *("columns", "pairs", "groups", "n_groups", "blocks", "block_rows", "higher", "jet"),
 )
 NO_LABELS = np.empty(0, np.int64)
 W_PLACE = 6  # in a row of the layer_table

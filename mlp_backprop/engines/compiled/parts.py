@@ -85,4 +85,5 @@ PARTS: dict[str, tuple[Callable[..., Callable[..., None]], str]] = {
     "dots": (_dots, "AnAnAnnnn"),
     "activation": (rows.activation, "AAnnn"),
     "loss": (rows.loss, "AAAnnn"),
+    "jet": (rows.jet, "nnAAAnnnnn"),
 }

@@ -12,6 +12,7 @@ from numba.extending import overload
 
 from mlp_backprop.engines.compiled import formulas
 from mlp_backprop.engines.compiled.formulas import compiled
+from mlp_backprop.engines.compiled.vectors import pointer
 
 # Offsets are unsigned: a signed index may be negative, and the test for it would keep the loops
 # from being vectorised.
@@ -152,3 +153,35 @@ def softmax_cross_entropy(sources: int) -> Callable[..., None]:
                 Y[h + t] = zero if k == zero else k * surprise
 
     return softmax_cross_entropy
+
+
+# Jets --------------------------------------------------------------------------------------------
+
+
+def jet(sources: int) -> Callable[..., None]:
+    """(I2) and (I4) of maths/jets.py: Ht in place of K arrays Zt, Hs in place of S arrays Zs.
+
+    Of n_rows rows each, one array after the other. Pair (i, j, s) adds Zt_i ∘ Zt_j to q_s.
+    """
+
+    def jet(pairs, n_pairs, F, F2, Zt, K, S, n_rows, stride, m):
+        _ = sources
+        table, m = pointer(np.int64, pairs), at(m)
+        for row in range(n_rows):
+            f = at(row * stride)
+            for s in range(K, K + S):
+                z = at((s * n_rows + row) * stride)
+                for t in range(m):
+                    Zt[z + t] *= F[f + t]
+            for p in range(n_pairs):
+                i = at((table[3 * p] * n_rows + row) * stride)
+                j = at((table[3 * p + 1] * n_rows + row) * stride)
+                z = at(((K + table[3 * p + 2]) * n_rows + row) * stride)
+                for t in range(m):
+                    Zt[z + t] += F2[f + t] * (Zt[i + t] * Zt[j + t])
+            for k in range(K):
+                z = at((k * n_rows + row) * stride)
+                for t in range(m):
+                    Zt[z + t] *= F[f + t]
+
+    return jet
