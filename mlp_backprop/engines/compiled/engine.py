@@ -9,7 +9,7 @@ has one loop from Z to H and f'(Z) in place of several.
 """
 
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 

@@ -1,6 +1,7 @@
 """The tables of activations and losses once more, for one number at a time, as Numba compiles them.
 
     h, slope = ACTIVATIONS[name](z)        f(z) and f'(z)
+    h, slope, bend = SECOND[name](z)       and f''(z)
     value, grad = LOSSES[name](h, y)       one output's share of the loss, and its dE/dh
 
 Softmax cross entropy needs all outputs of a sample together and stands in compiled/kernels.py. The
@@ -256,6 +257,90 @@ ACTIVATIONS = {
     "softplus": softplus,
     "silu": silu,
     "gelu_tanh": gelu_tanh,
+}
+
+
+# The same with f''. What is written twice is computed once: all of it is inlined.
+
+
+@inlined
+def straight(z, of_activation):
+    h, slope = of_activation
+    return h, slope, type(z)(0)
+
+
+@inlined
+def identity2(z):
+    return straight(z, identity(z))
+
+
+@inlined
+def sigmoid2(z):
+    h, slope = sigmoid(z)
+    return h, slope, slope * (type(z)(1) - (h + h))
+
+
+@inlined
+def tanh2(z):
+    h, slope = tanh(z)
+    return h, slope, type(z)(-2) * h * slope
+
+
+@inlined
+def relu2(z):
+    return straight(z, relu(z))
+
+
+@inlined
+def leaky_relu2(z):
+    return straight(z, leaky_relu(z))
+
+
+@inlined
+def elu2(z):
+    h, slope = elu(z)
+    return h, slope, (type(z)(0) if z > type(z)(0) else slope)
+
+
+@inlined
+def softplus2(z):
+    h, s = softplus(z)
+    return h, s, s * (type(z)(1) - s)
+
+
+@inlined
+def silu2(z):
+    real = type(z)
+    one, two, limit = real(1), real(2), real(1000)
+    h, slope = silu(z)
+    s = logistic(z, exp(-abs(z)))
+    return h, slope, s * (one - s) * (two + clip(z, -limit, limit) * (one - (s + s)))
+
+
+@inlined
+def gelu_tanh2(z):
+    real = type(z)
+    one, two, limit, scale, cubic = real(1), real(2), real(25), real(GELU_SCALE), real(GELU_CUBIC)
+    h, slope = gelu_tanh(z)
+    x = clip(z, -limit, limit)
+    u = scale * x * (one + cubic * x * x)
+    s = logistic(u, exp(-abs(u)))
+    du = scale * (one + real(3) * cubic * x * x)
+    ds = s * (one - s)
+    turn = ds * du * (two + x * (one - (s + s)) * du)
+    return h, slope, turn + ds * x * (real(6) * scale * cubic * x)
+
+
+SECOND = {
+    "identity": identity2,
+    "sigmoid": sigmoid2,
+    "tanh": tanh2,
+    "relu": relu2,
+    "leaky_relu": leaky_relu2,
+    "elu": elu2,
+    "softplus": softplus2,
+    "silu": silu2,
+    "gelu_tanh": gelu_tanh2,
 }
 
 

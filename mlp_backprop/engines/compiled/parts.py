@@ -25,7 +25,7 @@ NUMBER = types.intp
 
 @cache
 def address(dtype: DType, name: str, k: int | None = None) -> int:
-    """Where a part begins: "product", "dots", or row k of "activation" or "loss"."""
+    """Where a part begins: "product", "dots", or row k of a table such as "activation"."""
     make, arguments = PARTS[name]
     real = types.CPointer(from_dtype(np.dtype(dtype)))
     signature = types.void(*(real if argument == "A" else NUMBER for argument in arguments))
@@ -84,6 +84,7 @@ PARTS: dict[str, tuple[Callable[..., Callable[..., None]], str]] = {
     "product": (_product, "nAAnAnnAnnnn"),
     "dots": (_dots, "AnAnAnnnn"),
     "activation": (rows.activation, "AAnnn"),
+    "activation2": (rows.activation2, "AAAnnn"),
     "loss": (rows.loss, "AAAnnn"),
     "jet": (rows.jet, "nnAAAnnnnn"),
 }

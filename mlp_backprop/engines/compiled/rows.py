@@ -80,6 +80,10 @@ def activation_of(k, z):
     """Row k of formulas.ACTIVATIONS, for a k known when compiled."""
 
 
+def second_of(k, z):
+    """Row k of formulas.SECOND, likewise."""
+
+
 def loss_of(k, h, y):
     """Row k of formulas.LOSSES, likewise."""
 
@@ -87,6 +91,12 @@ def loss_of(k, h, y):
 @overload(activation_of, prefer_literal=True)
 def _activation_of(k, z):
     f = formulas.ACTIVATIONS[ACTIVATIONS[k.literal_value]]
+    return lambda k, z: f(z)
+
+
+@overload(second_of, prefer_literal=True)
+def _second_of(k, z):
+    f = formulas.SECOND[ACTIVATIONS[k.literal_value]]
     return lambda k, z: f(z)
 
 
@@ -107,6 +117,19 @@ def activation(sources: int, k: int) -> Callable[..., None]:
                 Z[t], F[t] = activation_of(k, Z[t])
 
     return activation
+
+
+def activation2(sources: int, k: int) -> Callable[..., None]:
+    """As `activation`, and f''(Z) in S."""
+
+    def activation2(Z, F, S, n_rows, stride, m):
+        _ = sources
+        n_rows, m = shape(n_rows, stride, m)
+        for row in range(n_rows):
+            for t in range(at(row * stride), at(row * stride + m)):
+                Z[t], F[t], S[t] = second_of(k, Z[t])
+
+    return activation2
 
 
 def loss(sources: int, k: int) -> Callable[..., None]:

@@ -34,13 +34,18 @@ def mapped(f, n_results=1):
             out[0, t], out[1, t] = f(A[t])
 
     @numba.njit(error_model="numpy")
+    def three_of_one(A, out):
+        for t in range(A.size):
+            out[0, t], out[1, t], out[2, t] = f(A[t])
+
+    @numba.njit(error_model="numpy")
     def two_of_two(A, B, out):
         for t in range(A.size):
             out[0, t], out[1, t] = f(A[t], B[t])
 
     def call(*arrays):
         out = np.empty((n_results, arrays[0].size), arrays[0].dtype)
-        loop = one if n_results == 1 else (two_of_one if len(arrays) == 1 else two_of_two)
+        loop = two_of_two if len(arrays) == 2 else (one, two_of_one, three_of_one)[n_results - 1]
         loop(*arrays, out)
         return out if n_results > 1 else out[0]
 
@@ -52,6 +57,7 @@ def mapped(f, n_results=1):
 
 def test_every_row_of_the_tables_has_a_formula():
     assert formulas.ACTIVATIONS.keys() == ACTIVATIONS.keys()
+    assert formulas.SECOND.keys() == ACTIVATIONS.keys()
     assert set(rows.ACTIVATIONS) == ACTIVATIONS.keys()
     assert set(rows.LOSSES) == LOSSES.keys()
 
@@ -68,6 +74,19 @@ def test_activation_and_slope_are_those_of_the_table(name, dtype):
     rtol = (300 if name == "gelu_tanh" else 16) * float_.eps
     np.testing.assert_allclose(H, expected, rtol, 2 * float_.tiny)
     np.testing.assert_allclose(slope, expected_slope, rtol, 8 * float_.eps)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_second_derivative_is_that_of_the_table(name, dtype):
+    row, Z = ACTIVATIONS[name], LINE.astype(dtype)
+    eps = np.finfo(dtype).eps
+    *first, bend = mapped(formulas.SECOND[name], 3)(Z)
+    expected = mapped(formulas.ACTIVATIONS[name], 2)(Z)
+    np.testing.assert_allclose(first, expected, 4 * eps, 4 * eps)
+    with np.errstate(all="ignore"):
+        expected = row.d2f(np, Z, row.f(np, Z))
+    # gelu_tanh's is made of products with the slope of its exponent, up to 100.
+    np.testing.assert_allclose(bend, expected, 300 * eps, 64 * eps)
 
 
 @pytest.mark.parametrize("name", formulas.LOSSES)
