@@ -179,6 +179,9 @@ def input_hessian_diag(params: Params, X: ArrayLike, **options: Unpack[NetOption
     array([[[-2.5588]]])
     """
     net = validation.network(params, X, **options)
+    compiled = choice.compiled_jets(net.spec, options.get("backend"))
+    if compiled is not None:
+        return compiled.hessian_diag(net.spec, net.params, net.X)
     n_in = net.X.shape[1]
     return _second_derivatives(net, range(n_in), lambda Zt: Zt * Zt, n_in)
 
@@ -228,6 +231,9 @@ def laplacian(
     """
     net = validation.network(params, X, **options)
     which = read_inputs(inputs, net.X.shape[1])
+    compiled = choice.compiled_jets(net.spec, options.get("backend"))
+    if compiled is not None:
+        return compiled.laplacian(net.spec, net.params, net.X, which)
     return _second_derivatives(net, which, partial(jets.laplacian_square, net.spec.xp), 1)
 
 
@@ -270,6 +276,9 @@ def input_hessian_entries(
     """
     net = validation.network(params, X, **options)
     xp, pairs = net.spec.xp, _read_pairs(pairs, net.X.shape[1])
+    compiled = choice.compiled_jets(net.spec, options.get("backend"))
+    if compiled is not None:
+        return compiled.hessian_entries(net.spec, net.params, net.X, pairs)
     columns = sorted({k for pair in pairs for k in pair})
     first, second = (
         jets.indices(xp, [columns.index(pair[side]) for pair in pairs], net.X) for side in (0, 1)

@@ -18,7 +18,7 @@ from mlp_backprop.engines.compiled.parts import address
 from mlp_backprop.engines.compiled.passes import run
 from mlp_backprop.engines.compiled.products import COLUMN, NOTHING
 from mlp_backprop.engines.compiled.rows import ACTIVATIONS, fill, multiply
-from mlp_backprop.engines.compiled.tiles import forward, load, store
+from mlp_backprop.engines.compiled.tiles import ONE, forward, load, store
 from mlp_backprop.engines.compiled.vectors import VECTOR_BYTES, call, lanes, pointer, shifted
 from mlp_backprop.types import Array, DType, Layer
 
@@ -205,7 +205,7 @@ def jets_tile(job, layers, A, start, n):
     stride = stride_for(m, lanes(A))
     n_in, n_out = layers[0, 1], layers[-1, 2]
     load(A, stride, m, job.X + start * job.X_row, job.X_row, job.X_column, n, n_in)
-    fill(shifted(A, job.weights * stride), type(A[0])(1), 1, m, m)
+    fill(shifted(A, job.weights * stride), type(A[0])(1), ONE, m, m)
     if job.higher:
         forward_twice(job, layers, A, stride, m)
     else:
@@ -247,9 +247,9 @@ def jets_of_group(job, layers, A, group, stride, m):
     """(I1) to (I4): where the K arrays Ht_L and the S arrays Hs_L of this group begin."""
     pair, n_pairs, column, K, _, S = group
     pairs, columns = job.pairs + 8 * TRIPLE * pair, pointer(np.int64, job.columns + 8 * column)
-    T = shifted(A, job.blocks * stride)
+    _, _, n_out, _, d_1, _, _, _ = layers[0]
+    T = shifted(A, (job.more + job.Y - d_1) * stride)  # behind f''
     below = shifted(T, job.block_rows * stride)
-    _, n_in, n_out, _, d_1, _, W, _ = layers[0]
     first_tangents(job, layers[0], A, columns, T, K, stride, m)
     fill(shifted(T, K * n_out * stride), type(A[0])(0), S * n_out, stride, m)
     for l in range(len(layers)):

@@ -32,8 +32,8 @@ FIELDS = (
     *("sums", "n_sums", "results", "is_mean"),
     # What a pass of jets.py writes for every row of X: H_L, its tangents, its second derivatives
     *("outputs", "slopes", "second", "n_second"),
-    # Tables of its directions and groups of them, and where in a tile these are; parts
-    *("columns", "pairs", "groups", "n_groups", "blocks", "block_rows", "higher", "jet"),
+    # Tables of its directions and of groups of them, rows of the tile for one group; parts
+    *("columns", "pairs", "groups", "n_groups", "block_rows", "higher", "jet"),
 )
 NO_LABELS = np.empty(0, np.int64)
 W_PLACE = 6  # in a row of the layer_table
