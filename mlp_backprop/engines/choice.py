@@ -111,6 +111,15 @@ def compiled_jets(spec: Spec, backend: str | None) -> ModuleType | None:
     return jets
 
 
+def compiled_jet_grads(spec: Spec, backend: str | None, n_directions: int) -> ModuleType | None:
+    """The same for the gradients of losses of such derivatives, along so many directions."""
+    if not is_for_numba(spec, backend):
+        return None
+    from mlp_backprop.engines.compiled import jet_grads
+
+    return jet_grads if jet_grads.has_room(spec, n_directions) else None
+
+
 def derivation(
     spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None, out: Layers | None = None
 ) -> LossAndGrads:

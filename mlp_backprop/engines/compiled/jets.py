@@ -35,15 +35,15 @@ class Group(NamedTuple):
     n_second: int = 0
 
 
-def jacobian(spec: Spec, params: list[Layer], X: Array) -> Array:
-    """dH_L/dX (n, d_L, d_0)."""
+def jacobian(spec: Spec, params: list[Layer], X: Array, **outputs: Array) -> Array:
+    """dH_L/dX (n, d_L, d_0), and H_L into `outputs` if it is given."""
     n_in, n_out = spec.sizes[0], spec.sizes[-1]
     slopes = np.empty((len(X), n_out, n_in), spec.dtype)
     if n_in < n_out:
-        run_jets(spec, params, X, groups_of(range(n_in)), slopes=slopes)
+        run_jets(spec, params, X, groups_of(range(n_in)), slopes=slopes, **outputs)
     else:
         own = {"products": 1 + n_out, "more_rows": max(spec.sizes)}
-        run(jacobian_pass, spec, params, X, **own, slopes=slopes)
+        run(jacobian_pass, spec, params, X, **own, slopes=slopes, **outputs)
     return slopes
 
 
@@ -76,6 +76,28 @@ def _second(spec: Spec, params: list[Layer], X: Array, groups: list[Group]) -> A
     return second
 
 
+def outputs_and_slopes(spec: Spec, params: list[Layer], X: Array) -> tuple[Array, Array]:
+    """H_L (n, d_L) and dH_L/dX (n, d_L, d_0)."""
+    outputs = np.empty((len(X), spec.sizes[-1]), spec.dtype)
+    return outputs, jacobian(spec, params, X, outputs=outputs)
+
+
+def jets(
+    spec: Spec, params: list[Layer], X: Array, columns: Sequence[int]
+) -> tuple[Array, Array, Array]:
+    """H_L (n, d_L), dH_L/dX (n, d_L, d_0) and the sum of second derivatives by these columns."""
+    n, n_in, n_out = len(X), spec.sizes[0], spec.sizes[-1]
+    groups = [
+        Group(some, [(k, k, 0) for k in some if k in columns], 1)
+        for some in _batches(range(n_in), MOST_TANGENTS)
+    ]
+    shapes = {"outputs": (), "slopes": (n_in,), "second": (len(groups),)}
+    arrays = {name: np.empty((n, n_out, *more), spec.dtype) for name, more in shapes.items()}
+    run_jets(spec, params, X, groups, **arrays)
+    Y, J, second = arrays.values()
+    return Y, J, np.sum(second, axis=2)
+
+
 def groups_of(columns: Sequence[int]) -> list[Group]:
     """Tangents alone."""
     return [Group(some) for some in _batches(columns, MOST_TANGENTS)]
@@ -88,7 +110,7 @@ def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 def run_jets(
     spec: Spec, params: list[Layer], X: Array, groups: list[Group], **outputs: Array
 ) -> None:
-    """Fill those of outputs, slopes and second that are given; slopes in the order of the groups."""
+    """Fill outputs, slopes and second, those that are given, in the order of the groups."""
     columns: list[int] = []
     pairs: list[tuple[int, int, int]] = []
     table, n_second = [], 0
@@ -155,10 +177,20 @@ def jacobian_tile(job, layers, A, start, n):
     load(A, stride, m, job.X + start * job.X_row, job.X_row, job.X_column, n, n_in)
     forward(job, layers, A, stride, m)
     number = VECTOR_BYTES // lanes(A)
+    if job.outputs:
+        store_outputs(job, layers, A, start, stride, n)
     for o in range(n_out):
         G = slopes_of_output(job, layers, A, o, stride, m)
         row = job.slopes + (start * n_out + o) * n_in * number
         store(row, n_out * n_in, G, stride, n, n_in)
+
+
+@compiled
+def store_outputs(job, layers, A, start, stride, n):
+    """H_L."""
+    n_out, number = layers[-1, 2], VECTOR_BYTES // lanes(A)
+    H = shifted(A, layers[-1, 3] * stride)
+    store(job.outputs + start * n_out * number, n_out, H, stride, n, n_out)
 
 
 @compiled
@@ -212,8 +244,7 @@ def jets_tile(job, layers, A, start, n):
         forward(job, layers, A, stride, m)
     number = VECTOR_BYTES // lanes(A)
     if job.outputs:
-        H = shifted(A, layers[-1, 3] * stride)
-        store(job.outputs + start * n_out * number, n_out, H, stride, n, n_out)
+        store_outputs(job, layers, A, start, stride, n)
     groups = carray(pointer(np.int64, job.groups), (job.n_groups, GROUP))
     for g in range(job.n_groups):
         _, _, column, K, s, S = groups[g]

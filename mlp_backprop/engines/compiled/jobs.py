@@ -34,6 +34,11 @@ FIELDS = (
     *("outputs", "slopes", "second", "n_second"),
     # Tables of its directions and of groups of them, rows of the tile for one group; parts
     *("columns", "pairs", "groups", "n_groups", "block_rows", "higher", "jet"),
+    # What one of jet_grads.py reads: K directions V_k, what is summed of their squares, and the
+    # derivatives of a loss by outputs, slopes and second derivatives; strides in bytes; parts
+    *("K", "S", "c", "V", "V_k", "V_row", "V_column"),
+    *("GY", "GY_row", "GY_column", "Gt", "Gt_k", "Gt_row", "Gt_column"),
+    *("Gs", "Gs_row", "Gs_column", "jet_up", "jet_down"),
 )
 NO_LABELS = np.empty(0, np.int64)
 W_PLACE = 6  # in a row of the layer_table

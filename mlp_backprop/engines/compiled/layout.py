@@ -31,7 +31,7 @@ SHORT_LINES = 2
 
 
 class Layout(NamedTuple):
-    """Rows of X in a tile; where Y, weights, G and more begin, in rows; where T and P, in numbers."""
+    """Rows of X in a tile; the rows where Y to `more` begin; the numbers where T and P do."""
 
     tile_rows: int
     Y: int

@@ -12,6 +12,7 @@ from numba.extending import overload
 
 from mlp_backprop.engines.compiled import formulas
 from mlp_backprop.engines.compiled.formulas import compiled
+from mlp_backprop.engines.compiled.third_derivatives import THIRD
 from mlp_backprop.engines.compiled.vectors import pointer
 
 # Offsets are unsigned: a signed index may be negative, and the test for it would keep the loops
@@ -84,6 +85,10 @@ def second_of(k, z):
     """Row k of formulas.SECOND, likewise."""
 
 
+def third_of(k, z):
+    """The row of third_derivatives.THIRD for row k of formulas.ACTIVATIONS, likewise."""
+
+
 def loss_of(k, h, y):
     """Row k of formulas.LOSSES, likewise."""
 
@@ -97,6 +102,12 @@ def _activation_of(k, z):
 @overload(second_of, prefer_literal=True)
 def _second_of(k, z):
     f = formulas.SECOND[ACTIVATIONS[k.literal_value]]
+    return lambda k, z: f(z)
+
+
+@overload(third_of, prefer_literal=True)
+def _third_of(k, z):
+    f = THIRD[ACTIVATIONS[k.literal_value]]
     return lambda k, z: f(z)
 
 
@@ -130,6 +141,19 @@ def activation2(sources: int, k: int) -> Callable[..., None]:
                 Z[t], F[t], S[t] = second_of(k, Z[t])
 
     return activation2
+
+
+def activation3(sources: int, k: int) -> Callable[..., None]:
+    """As `activation2`, and f'''(Z) in C."""
+
+    def activation3(Z, F, S, C, n_rows, stride, m):
+        _ = sources
+        n_rows, m = shape(n_rows, stride, m)
+        for row in range(n_rows):
+            for t in range(at(row * stride), at(row * stride + m)):
+                Z[t], F[t], S[t], C[t] = third_of(k, Z[t])
+
+    return activation3
 
 
 def loss(sources: int, k: int) -> Callable[..., None]:
@@ -208,3 +232,57 @@ def jet(sources: int) -> Callable[..., None]:
                     Zt[z + t] *= F[f + t]
 
     return jet
+
+
+def jet_up(sources: int) -> Callable[..., None]:
+    """As `jet`, beside Zt, for a Laplacian, Σ_k c_k Zt_k², or no second derivative at all."""
+
+    def jet_up(c, F, F2, Zt, Ht, K, S, n_rows, stride, m):
+        _ = sources
+        c, m = pointer(np.int64, c), at(m)
+        for row in range(n_rows):
+            f, s = at(row * stride), at((K * n_rows + row) * stride)
+            if S:
+                for t in range(m):
+                    Ht[s + t] = F[f + t] * Zt[s + t]
+            for k in range(K):
+                z = at((k * n_rows + row) * stride)
+                for t in range(m):
+                    Ht[z + t] = F[f + t] * Zt[z + t]
+                if S and c[k]:
+                    for t in range(m):
+                        Ht[s + t] += F2[f + t] * (Zt[z + t] * Zt[z + t])
+
+    return jet_up
+
+
+def jet_down(sources: int) -> Callable[..., None]:
+    """(I5) to (I7): D in place of F, Dt and Ds in place of Zt and Zs, given G, Gt and Gs."""
+
+    def jet_down(c, F, F2, F3, Zt, G, K, S, n_rows, stride, m):
+        _ = sources
+        c, m, two = pointer(np.int64, c), at(m), type(F[0])(2)
+        for row in range(n_rows):
+            f, z_s = at(row * stride), at((K * n_rows + row) * stride)
+            g_s = at(((K + 1) * n_rows + row) * stride)
+            for t in range(m):
+                G[f + t] *= F[f + t]
+            for k in range(K):
+                z, g = at((k * n_rows + row) * stride), at(((k + 1) * n_rows + row) * stride)
+                for t in range(m):
+                    G[f + t] += G[g + t] * Zt[z + t] * F2[f + t]
+                if S and c[k]:
+                    for t in range(m):
+                        G[f + t] += G[g_s + t] * (Zt[z + t] * Zt[z + t]) * F3[f + t]
+                        Zt[z + t] = G[g + t] * F[f + t] + two * G[g_s + t] * F2[f + t] * Zt[z + t]
+                else:
+                    for t in range(m):
+                        Zt[z + t] = G[g + t] * F[f + t]
+            if S:
+                for t in range(m):
+                    G[f + t] += G[g_s + t] * Zt[z_s + t] * F2[f + t]
+                    Zt[z_s + t] = G[g_s + t] * F[f + t]
+            for t in range(m):
+                F[f + t] = G[f + t]
+
+    return jet_down

@@ -116,6 +116,16 @@ def weight_grads(job, layer, A, stride, n, m, sums):
     """Equations (1) and (2), D_l H_{l-1}ᵀ and D_l 1, added to sums."""
     _, n_in, n_out, h, d, place, _, _ = layer
     D, H = shifted(A, d * stride), shifted(A, (h - n_in) * stride)
+    dW = shifted(sums, place)
+    db = shifted(dW, n_out * n_in)
+    add_products(job, A, D, n_out, H, n_in, stride, n, m, dW)
+    for o in range(n_out):
+        db[o] += row_sum(shifted(D, o * stride), m)
+
+
+@compiled
+def add_products(job, A, D, n_out, H, n_in, stride, n, m, dW):
+    """D Hᵀ, of rows of a tile, added to dW."""
     T, P, row = shifted(A, job.T), shifted(A, job.P), n_in
     if n_in < NARROW or n_out < NARROW:
         call(job.dots, (P, row, D, stride, H, stride, n_out, n_in, m))
@@ -123,9 +133,6 @@ def weight_grads(job, layer, A, stride, n, m, sums):
         row = whole_vectors(n_in, lanes(A))
         transpose(T, row, H, stride, n_in, m)
         call(job.product, (NOTHING, P, P, row, D, stride, 1, T, row, n_out, n, row))
-    dW = shifted(sums, place)
-    db = shifted(dW, n_out * n_in)
     for o in range(n_out):
         for i in range(n_in):
             dW[o * n_in + i] += P[o * row + i]
-        db[o] += row_sum(shifted(D, o * stride), m)
