@@ -61,13 +61,17 @@ IMPORTS = {
     "engines": ("", ""),
     "engines.compiled": ("", ""),
     "engines.compiled.formulas": ("activations", "numba numpy"),
-    "engines.compiled.rows": ("engines.compiled.formulas", "numba numpy"),
     "engines.compiled.schedule": ("types", ""),
+    "engines.compiled.third_derivatives": ("activations engines.compiled.formulas", ""),
     "engines.compiled.vectors": ("", "llvmlite numba"),
     "engines.compiled.layout": ("engines.compiled.formulas engines.compiled.vectors types", ""),
     "engines.compiled.products": (
         "engines.compiled.formulas engines.compiled.vectors",
         "llvmlite numba numpy",
+    ),
+    "engines.compiled.rows": (
+        "engines.compiled.formulas engines.compiled.third_derivatives engines.compiled.vectors",
+        "numba numpy",
     ),
     "engines.compiled.parts": (
         "engines.compiled.formulas engines.compiled.products engines.compiled.rows types",
@@ -125,11 +129,24 @@ IMPORTS = {
         "engines.threads types",
         "numpy",
     ),
+    "engines.compiled.jets": (
+        "backprop engines.compiled.formulas engines.compiled.jobs engines.compiled.layout "
+        "engines.compiled.parts engines.compiled.passes engines.compiled.products "
+        "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors types",
+        "numba numpy",
+    ),
     "engines.numpy_tiles": ("backprop engines.schedule engines.threads types", "numpy"),
     "engines.compiled.engine": (
         "backprop edge.arguments edge.rules engines.compiled.jobs engines.compiled.kernels "
         "engines.compiled.layout engines.compiled.parts engines.compiled.rows "
         "engines.compiled.schedule engines.numpy_tiles engines.threads types",
+        "numpy",
+    ),
+    "engines.compiled.jet_grads": (
+        "backprop engines.compiled.engine engines.compiled.formulas engines.compiled.jets "
+        "engines.compiled.jobs engines.compiled.layout engines.compiled.parts "
+        "engines.compiled.passes engines.compiled.products engines.compiled.rows "
+        "engines.compiled.tiles engines.compiled.vectors types",
         "numpy",
     ),
     "engines.numpy_products": (
@@ -138,9 +155,10 @@ IMPORTS = {
         "numpy",
     ),
     "engines.choice": (
-        "backprop edge.backends engines.compiled.engine engines.cuda.engine "
-        "engines.numpy_products engines.numpy_tiles engines.schedule engines.threads "
-        "maths.row_blocks maths.samples maths.tangents types",
+        "backprop edge.backends engines.compiled.engine engines.compiled.jet_grads "
+        "engines.compiled.jets engines.cuda.engine engines.numpy_products "
+        "engines.numpy_tiles engines.schedule engines.threads maths.row_blocks "
+        "maths.samples maths.tangents types",
         "numpy",
     ),
     # derivatives
@@ -261,6 +279,7 @@ ONLY_IN = {
     "llvmlite": {"engines.compiled.products", "engines.compiled.vectors"},
     "numba": {
         "engines.compiled.formulas",
+        "engines.compiled.jets",
         "engines.compiled.jobs",
         "engines.compiled.kernels",
         "engines.compiled.parts",
