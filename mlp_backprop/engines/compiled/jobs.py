@@ -44,6 +44,7 @@ NO_LABELS = np.empty(0, np.int64)
 W_PLACE = 6  # in a row of the layer_table
 
 JOB = np.dtype([(name, np.int64) for name in FIELDS])
+PLACE = {name: k for k, name in enumerate(FIELDS)}
 _record = from_dtype(JOB)
 
 
@@ -52,6 +53,7 @@ class Job:
 
     def __init__(self, **fields: int | Array) -> None:
         self.record = np.zeros(1, JOB)
+        self._numbers = self.record.view(np.int64)  # a field by its name takes three times as long
         self.address: int = self.record.ctypes.data
         self._kept: dict[str, Array] = {}
         self.set(**fields)
@@ -62,7 +64,7 @@ class Job:
             if isinstance(value, np.ndarray):
                 self._kept[name] = value
                 value = value.ctypes.data
-            self.record[name] = value
+            self._numbers[PLACE[name]] = value
 
     def follow(self, params: list[Layer], **arrays: Array) -> None:
         """Let `find_arrays` look where these lie by then, should one be resized in place."""
@@ -97,7 +99,8 @@ def job_of(spec: Spec, params: list[Layer], layout: Layout, **fields: int | Arra
 
 def as_compiled(A: Array) -> Array:
     """The array if compiled code can read it as it lies, else a copy."""
-    return np.require(A, requirements=("C", "A"))
+    flags = A.flags
+    return A if flags.c_contiguous and flags.aligned else np.require(A, requirements=("C", "A"))
 
 
 def labels_of(y: Array) -> Array:

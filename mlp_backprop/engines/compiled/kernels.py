@@ -4,6 +4,7 @@ And what else Python calls.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,7 @@ def results_pass(sources: int, real: DType) -> Callable[[int], None]:
     return results_pass
 
 
+@cache
 def placing(dtype: DType) -> Any:
     """The signature of `place`, for arrays of any strides."""
     real, n = from_dtype(dtype), types.intp
