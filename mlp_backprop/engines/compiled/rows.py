@@ -272,8 +272,9 @@ def jet_down(sources: int) -> Callable[..., None]:
                 for t in range(m):
                     G[f + t] += G[g + t] * Zt[z + t] * F2[f + t]
                 if S and c[k]:
-                    for t in range(m):
+                    for t in range(m):  # more arrays in one loop, and it is not vectorised
                         G[f + t] += G[g_s + t] * (Zt[z + t] * Zt[z + t]) * F3[f + t]
+                    for t in range(m):
                         Zt[z + t] = G[g + t] * F[f + t] + two * G[g_s + t] * F2[f + t] * Zt[z + t]
                 else:
                     for t in range(m):
