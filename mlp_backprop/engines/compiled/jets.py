@@ -16,9 +16,9 @@ from mlp_backprop.engines.compiled.jobs import job_at, layers_of
 from mlp_backprop.engines.compiled.layout import stride_for, whole_vectors
 from mlp_backprop.engines.compiled.parts import address
 from mlp_backprop.engines.compiled.passes import run
-from mlp_backprop.engines.compiled.products import COLUMN, NOTHING
+from mlp_backprop.engines.compiled.products import COLUMN, NOTHING, transpose
 from mlp_backprop.engines.compiled.rows import ACTIVATIONS, fill, multiply
-from mlp_backprop.engines.compiled.tiles import ONE, forward, load, store
+from mlp_backprop.engines.compiled.tiles import ONE, forward, load
 from mlp_backprop.engines.compiled.vectors import VECTOR_BYTES, call, lanes, pointer, shifted
 from mlp_backprop.types import Array, DType, Layer
 
@@ -304,3 +304,14 @@ def first_tangents(job, layer, A, columns, T, K, stride, m):
     for k in range(K):
         Z, W_k = shifted(T, k * n_out * stride), shifted(pointer(A, W), columns[k])
         call(job.product, (NOTHING, Z, Z, stride, W_k, n_in, 1, ones, stride, n_out, 1, m))
+
+
+@compiled
+def store(address, row, A, stride, n, n_columns):
+    """Rows of a tile, transposed, to n rows of an array, so many numbers from each to the next."""
+    out = pointer(A, address)
+    squares, columns = n - n % lanes(A), n_columns - n_columns % lanes(A)
+    transpose(out, row, A, stride, columns, squares)
+    for t in range(n):
+        for j in range(columns if t < squares else 0, n_columns):
+            out[t * row + j] = A[j * stride + t]

@@ -19,6 +19,15 @@ FIELDS = (
     # The caller's arrays: addresses, 0 for what is absent, and strides in bytes
     *("n", "X", "X_row", "X_column", "y", "y_row", "y_column"),
     *("labels", "label_step", "weight", "weight_step"),
+    # What a pass of jets.py writes for every row of X: H_L, its tangents, its second derivatives
+    *("outputs", "slopes", "second", "n_second"),
+    # Tables of its directions and of groups of them, rows of the tile for one group; parts
+    *("columns", "pairs", "groups", "n_groups", "block_rows", "higher", "jet"),
+    # What one of jet_grads.py reads: K directions V_k, what is summed of their squares, and the
+    # derivatives of a loss by outputs, slopes and second derivatives; strides in bytes; parts
+    *("K", "S", "c", "V", "V_k", "V_row", "V_column"),
+    *("GY", "GY_row", "GY_column", "Gt", "Gt_k", "Gt_row", "Gt_column"),
+    *("Gs", "Gs_row", "Gs_column", "jet_up", "jet_down"),
     # The net: a layer_table; and addresses of parts
     *("layers", "n_layers", "product", "dots", "loss"),
     # How the rows are cut into chunks
@@ -30,15 +39,6 @@ FIELDS = (
     # Sums of every chunk in float64: of the gradients, as the parameters lie, losses and weights.
     # Then the same of all chunks, divided, in the net's dtype
     *("sums", "n_sums", "results", "is_mean"),
-    # What a pass of jets.py writes for every row of X: H_L, its tangents, its second derivatives
-    *("outputs", "slopes", "second", "n_second"),
-    # Tables of its directions and of groups of them, rows of the tile for one group; parts
-    *("columns", "pairs", "groups", "n_groups", "block_rows", "higher", "jet"),
-    # What one of jet_grads.py reads: K directions V_k, what is summed of their squares, and the
-    # derivatives of a loss by outputs, slopes and second derivatives; strides in bytes; parts
-    *("K", "S", "c", "V", "V_k", "V_row", "V_column"),
-    *("GY", "GY_row", "GY_column", "Gt", "Gt_k", "Gt_row", "Gt_column"),
-    *("Gs", "Gs_row", "Gs_column", "jet_up", "jet_down"),
 )
 NO_LABELS = np.empty(0, np.int64)
 W_PLACE = 6  # in a row of the layer_table

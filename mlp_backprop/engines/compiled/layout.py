@@ -8,7 +8,7 @@ side by side. One after the other:
     Y                        d_L rows of targets, classes as a 1 among zeros; later the losses
     weights
     G                        G_l of the layer at work: as many rows as the widest has
-    more                     what else a pass asks for
+    more                     what a pass needs for itself
 
 Behind the last sample lie columns up to a whole number of vectors. There D is 0, so that no sum
 over samples sees them. T and P follow: H_{l-1} transposed, and dE/dW_l, of the layer at work.
@@ -31,7 +31,7 @@ SHORT_LINES = 2
 
 
 class Layout(NamedTuple):
-    """Rows of X in a tile; the rows where Y to `more` begin; the numbers where T and P do."""
+    """Rows of X in a tile; rows where Y, weights, G and more begin; numbers where T and P do."""
 
     tile_rows: int
     Y: int

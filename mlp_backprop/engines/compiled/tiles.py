@@ -52,17 +52,6 @@ def load_labels(A, stride, m, labels, step, n, n_classes):
     return known
 
 
-@compiled
-def store(address, row, A, stride, n, n_columns):
-    """Rows of a tile, transposed, to n rows of an array, so many numbers from each to the next."""
-    out = pointer(A, address)
-    squares, columns = n - n % lanes(A), n_columns - n_columns % lanes(A)
-    transpose(out, row, A, stride, columns, squares)
-    for t in range(n):
-        for j in range(columns if t < squares else 0, n_columns):
-            out[t * row + j] = A[j * stride + t]
-
-
 # The derivation ----------------------------------------------------------------------------------
 
 
