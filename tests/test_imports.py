@@ -64,17 +64,22 @@ IMPORTS = {
     "engines": ("", ""),
     "engines.compiled": ("", ""),
     "engines.compiled.formulas": ("activations", "numba numpy"),
-    "engines.compiled.rows": ("engines.compiled.formulas", "numba numpy"),
-    "engines.compiled.curvatures": (
-        "engines.compiled.formulas engines.compiled.rows losses",
-        "numba",
-    ),
     "engines.compiled.schedule": ("types", ""),
+    "engines.compiled.third_derivatives": ("activations engines.compiled.formulas", ""),
     "engines.compiled.vectors": ("", "llvmlite numba"),
     "engines.compiled.layout": ("engines.compiled.formulas engines.compiled.vectors types", ""),
     "engines.compiled.products": (
         "engines.compiled.formulas engines.compiled.vectors",
         "llvmlite numba numpy",
+    ),
+    "engines.compiled.rows": (
+        "engines.compiled.formulas engines.compiled.third_derivatives "
+        "engines.compiled.vectors",
+        "numba numpy",
+    ),
+    "engines.compiled.curvatures": (
+        "engines.compiled.formulas engines.compiled.rows losses",
+        "numba",
     ),
     "engines.compiled.parts": (
         "engines.compiled.curvatures engines.compiled.formulas engines.compiled.products "
@@ -134,6 +139,12 @@ IMPORTS = {
         "engines.compiled.team engines.threads types",
         "numpy",
     ),
+    "engines.compiled.jets": (
+        "backprop engines.compiled.formulas engines.compiled.jobs engines.compiled.layout "
+        "engines.compiled.parts engines.compiled.passes engines.compiled.products "
+        "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors types",
+        "numba numpy",
+    ),
     "engines.shared_products": ("engines.schedule engines.threads types", "numpy"),
     "engines.numpy_tiles": (
         "backprop engines.schedule engines.shared_products engines.threads types",
@@ -153,6 +164,13 @@ IMPORTS = {
         "engines.compiled.vectors types",
         "numpy",
     ),
+    "engines.compiled.jet_grads": (
+        "backprop engines.compiled.engine engines.compiled.formulas engines.compiled.jets "
+        "engines.compiled.jobs engines.compiled.layout engines.compiled.parts "
+        "engines.compiled.passes engines.compiled.products engines.compiled.rows "
+        "engines.compiled.tiles engines.compiled.vectors types",
+        "numpy",
+    ),
     "engines.compiled.second_order": (
         "backprop engines.compiled.curvatures engines.compiled.engine "
         "engines.compiled.formulas engines.compiled.jobs engines.compiled.kernels "
@@ -168,9 +186,10 @@ IMPORTS = {
     ),
     "engines.choice": (
         "backprop edge.backends edge.kinds edge.rules engines.compiled.engine "
-        "engines.compiled.first_order engines.compiled.second_order engines.cuda.engine "
-        "engines.numpy_products engines.numpy_tiles engines.schedule engines.threads "
-        "maths.row_blocks maths.samples maths.tangents types",
+        "engines.compiled.first_order engines.compiled.jet_grads engines.compiled.jets "
+        "engines.compiled.second_order engines.cuda.engine engines.numpy_products "
+        "engines.numpy_tiles engines.schedule engines.threads maths.row_blocks "
+        "maths.samples maths.tangents types",
         "numpy",
     ),
     # derivatives
@@ -299,6 +318,7 @@ ONLY_IN = {
     "numba": {
         "engines.compiled.curvatures",
         "engines.compiled.formulas",
+        "engines.compiled.jets",
         "engines.compiled.jobs",
         "engines.compiled.kernels",
         "engines.compiled.parts",

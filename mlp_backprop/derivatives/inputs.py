@@ -114,11 +114,14 @@ def jacobian(
     [(4, 2, 5, 3), (4, 2, 2, 5)]
     """
     compute = table_row("wrt", wrt, JACOBIANS)
-    return compute(validation.network(params, X, **options))
+    return compute(validation.network(params, X, **options), options.get("backend"))
 
 
-def _input_jacobian(net: Problem) -> Array:
+def _input_jacobian(net: Problem, backend: str | None) -> Array:
     spec, layers, X, *_ = net
+    compiled = choice.compiled_jets(spec, backend)
+    if compiled is not None:
+        return compiled.jacobian(spec, layers, X)
     xp, n_in, n_out = spec.xp, spec.sizes[0], spec.sizes[-1]
 
     def backward(Z: list[Array], H: list[Array]) -> Array:
@@ -132,7 +135,7 @@ def _input_jacobian(net: Problem) -> Array:
     return _by_blocks(net, min(n_in, n_out), backward if n_out <= n_in else forward)
 
 
-def _params_jacobian(net: Problem) -> list[Layer]:
+def _params_jacobian(net: Problem, backend: str | None) -> list[Layer]:
     """Not in blocks: the result is larger than all that the pass keeps."""
     spec, layers, X, *_ = net
     xp = spec.xp
@@ -179,6 +182,9 @@ def input_hessian_diag(params: Params, X: ArrayLike, **options: Unpack[NetOption
     array([[[-2.5588]]])
     """
     net = validation.network(params, X, **options)
+    compiled = choice.compiled_jets(net.spec, options.get("backend"))
+    if compiled is not None:
+        return compiled.hessian_diag(net.spec, net.params, net.X)
     n_in = net.X.shape[1]
     return _second_derivatives(net, range(n_in), lambda Zt: Zt * Zt, n_in)
 
@@ -228,6 +234,9 @@ def laplacian(
     """
     net = validation.network(params, X, **options)
     which = read_inputs(inputs, net.X.shape[1])
+    compiled = choice.compiled_jets(net.spec, options.get("backend"))
+    if compiled is not None:
+        return compiled.laplacian(net.spec, net.params, net.X, which)
     return _second_derivatives(net, which, partial(jets.laplacian_square, net.spec.xp), 1)
 
 
@@ -270,6 +279,9 @@ def input_hessian_entries(
     """
     net = validation.network(params, X, **options)
     xp, pairs = net.spec.xp, _read_pairs(pairs, net.X.shape[1])
+    compiled = choice.compiled_jets(net.spec, options.get("backend"))
+    if compiled is not None:
+        return compiled.hessian_entries(net.spec, net.params, net.X, pairs)
     columns = sorted({k for pair in pairs for k in pair})
     first, second = (
         jets.indices(xp, [columns.index(pair[side]) for pair in pairs], net.X) for side in (0, 1)

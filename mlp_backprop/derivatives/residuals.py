@@ -95,11 +95,20 @@ def sobolev_grads(
     problem = validation.problem(params, X, y, **options)
     shape = problem.X.shape[0], problem.spec.sizes[-1], problem.spec.sizes[0]
     slopes = validation.of_shape(dy, "dy", shape, problem, options.get("backend"))
-    return _sobolev_grads(problem, slopes, _checked_weight(slope_weight))
+    return _sobolev_grads(problem, slopes, _checked_weight(slope_weight), options.get("backend"))
 
 
-def _sobolev_grads(problem: Problem, dy: Array, slope_weight: float) -> LossAndGrads:
+def _sobolev_grads(
+    problem: Problem, dy: Array, slope_weight: float, backend: str | None
+) -> LossAndGrads:
     spec, layers, X, y, weight = problem
+    compiled = choice.compiled_jet_grads(spec, backend, min(spec.sizes[0], spec.sizes[-1]))
+    if compiled is not None:
+        Y, J = compiled.outputs_and_slopes(spec, layers, X)
+        values, G = backprop.loss_and_output_grad(spec, Y, y, weight)
+        slope_values, GJ = _slope_loss(spec, J, dy, slope_weight, weight)
+        grads = compiled.slope_grad_sums(spec, layers, X, G, GJ)
+        return _reduced(spec, (spec.xp.sum(values + slope_values), grads), X, weight)
 
     def sums(rows: slice) -> tuple[Array, list[Layer]]:
         block = X[rows, ...], y[rows, ...], dy[rows, ...]
@@ -121,29 +130,37 @@ def _sobolev_sums(
 ) -> tuple[Array, list[Layer]]:
     """Loss and gradients summed over the rows of one block."""
     xp = spec.xp
-    n, n_out, n_in = dy.shape
-    squares = spec._replace(loss=LOSSES["squared_error"])
+    _, n_out, n_in = dy.shape
     Z, H = backprop.forward(spec, params, X)
     values, G = backprop.loss_and_output_grad(spec, H[-1], y, weight)
-
-    def slope_loss(J: Array) -> tuple[Array, Array]:
-        """Values (n,), and their derivatives by dY/dX (n, d_L, d_0)."""
-        J, targets = (xp.reshape(A, (n, n_out * n_in)) for A in (J, dy))
-        slope_values, GJ = backprop.loss_and_output_grad(squares, J, targets, weight)
-        return slope_weight * slope_values, xp.reshape(slope_weight * GJ, dy.shape)
 
     if n_out < n_in:
         # With GJ held fixed, Σ_k GJ[o, k] dY_o/dx_k is the tangent of output o along the direction
         # GJ[o]: d_L tangents then have the gradient that d_0 would have.
         J = jets.input_jacobian(spec, params, Z, H)
-        slope_values, GJ = slope_loss(xp.permute_dims(J, (1, 0, 2)))
+        slope_values, GJ = _slope_loss(
+            spec, xp.permute_dims(J, (1, 0, 2)), dy, slope_weight, weight
+        )
         V, Gt = xp.permute_dims(GJ, (1, 0, 2)), jets.basis(xp, n_out, X)
         tape = list(jets.levels(spec, params, Z, H, V))
     else:
         tape = list(jets.levels(spec, params, Z, H, jets.basis(xp, n_in, X)))
-        slope_values, GJ = slope_loss(xp.permute_dims(tape[-1].Ht, (1, 2, 0)))
+        slope_values, GJ = _slope_loss(
+            spec, xp.permute_dims(tape[-1].Ht, (1, 2, 0)), dy, slope_weight, weight
+        )
         Gt = xp.permute_dims(GJ, (2, 0, 1))
     return xp.sum(values + slope_values), jets.grad_sums(spec, params, Z, H, tape, G, Gt)
+
+
+def _slope_loss(
+    spec: Spec, J: Array, dy: Array, slope_weight: float, weight: Array | None
+) -> tuple[Array, Array]:
+    """Values (n,), and their derivatives by dY/dX (n, d_L, d_0)."""
+    xp, (n, n_out, n_in) = spec.xp, dy.shape
+    squares = spec._replace(loss=LOSSES["squared_error"])
+    J, targets = (xp.reshape(A, (n, n_out * n_in)) for A in (J, dy))
+    values, GJ = backprop.loss_and_output_grad(squares, J, targets, weight)
+    return slope_weight * values, xp.reshape(slope_weight * GJ, dy.shape)
 
 
 @on_stream_of_arguments
@@ -226,6 +243,14 @@ def _residual_grads(
 ) -> LossAndGrads:
     spec, layers, X, _, weight = problem
     xp, n_in = spec.xp, spec.sizes[0]
+    compiled = choice.compiled_jet_grads(spec, backend, n_in)
+    if compiled is not None:
+        columns = read_inputs(inputs, n_in)
+        Y, dY, lap = compiled.jets(spec, layers, X, columns)
+        r, partials = _read_residual(residual(X, Y, dY, lap), problem, dY, backend)
+        values, G, GJ, Gs = _residual_loss(spec, r, partials, dY, weight)
+        grads = compiled.jet_grad_sums(spec, layers, X, G, GJ, Gs, columns)
+        return _reduced(spec, (xp.sum(values), grads), X, weight)
     V, c = jets.basis(xp, n_in, X), _coefficients(spec, X, inputs)
     q = partial(jets.laplacian_square, xp, c=c)
 

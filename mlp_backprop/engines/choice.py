@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -307,3 +308,21 @@ def vector_product_sums(
 
     with undisturbed(spec):
         return reduce(added_layers, map(sums, row_blocks(spec.xp, X, tangents.row_numbers(spec))))
+
+
+def compiled_jets(spec: Spec, backend: str | None) -> ModuleType | None:
+    """What has the derivatives by inputs compiled, where that is asked for and covers this net."""
+    if not is_for_numba(spec, backend):
+        return None
+    from mlp_backprop.engines.compiled import jets
+
+    return jets
+
+
+def compiled_jet_grads(spec: Spec, backend: str | None, n_directions: int) -> ModuleType | None:
+    """The same for the gradients of losses of such derivatives, along so many directions."""
+    if not is_for_numba(spec, backend):
+        return None
+    from mlp_backprop.engines.compiled import jet_grads
+
+    return jet_grads if jet_grads.has_room(spec, n_directions) else None

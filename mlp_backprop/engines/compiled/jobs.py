@@ -19,6 +19,15 @@ FIELDS = (
     # The caller's arrays: addresses, 0 for what is absent, and strides in bytes
     *("n", "X", "X_row", "X_column", "y", "y_row", "y_column"),
     *("labels", "label_step", "weight", "weight_step"),
+    # What a pass of jets.py writes for every row of X: H_L, its tangents, its second derivatives
+    *("outputs", "slopes", "second", "n_second"),
+    # Tables of its directions and of groups of them, rows of the tile for one group; parts
+    *("columns", "pairs", "groups", "n_groups", "block_rows", "higher", "jet"),
+    # What one of jet_grads.py reads: K directions V_k, what is summed of their squares, and the
+    # derivatives of a loss by outputs, slopes and second derivatives; strides in bytes; parts
+    *("K", "S", "c", "V", "V_k", "V_row", "V_column"),
+    *("GY", "GY_row", "GY_column", "Gt", "Gt_k", "Gt_row", "Gt_column"),
+    *("Gs", "Gs_row", "Gs_column", "jet_up", "jet_down"),
     # The net: a layer_table; and addresses of parts
     *("layers", "n_layers", "product", "dots", "loss"),
     # A vector of second_order.py, as the net, with where J v goes; addresses of parts
@@ -42,6 +51,7 @@ NO_LABELS = np.empty(0, np.int64)
 W_PLACE = 6  # in a row of the layer_table
 
 JOB = np.dtype([(name, np.int64) for name in FIELDS])
+PLACE = {name: k for k, name in enumerate(FIELDS)}
 _record = from_dtype(JOB)
 
 
@@ -50,6 +60,7 @@ class Job:
 
     def __init__(self, **fields: int | Array) -> None:
         self.record = np.zeros(1, JOB)
+        self._numbers = self.record.view(np.int64)  # a field by its name takes three times as long
         self.address: int = self.record.ctypes.data
         self._kept: dict[str, Array] = {}
         self.set(**fields)
@@ -60,7 +71,7 @@ class Job:
             if isinstance(value, np.ndarray):
                 self._kept[name] = value
                 value = value.ctypes.data
-            self.record[name] = value
+            self._numbers[PLACE[name]] = value
 
     def follow(self, params: list[Layer], **arrays: Array) -> None:
         """Let `find_arrays` look where these lie by then, should one be resized in place."""

@@ -117,6 +117,10 @@ PARTS: dict[str, tuple[Callable[..., Callable[..., None]], str]] = {
     "dots": (_dots, "AnAnAnnnn"),
     "activation": (rows.activation, "AAnnn"),
     "activation2": (rows.activation2, "AAAnnn"),
+    "activation3": (rows.activation3, "AAAAnnn"),
     "loss": (rows.loss, "AAAnnn"),
     "output_product": (curvatures.output_product, "AAAAnnn"),
+    "jet": (rows.jet, "nnAAAnnnnn"),
+    "jet_up": (rows.jet_up, "nAAAAnnnnn"),
+    "jet_down": (rows.jet_down, "nAAAAAnnnnn"),
 }

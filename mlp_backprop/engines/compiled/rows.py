@@ -12,6 +12,8 @@ from numba.extending import overload
 
 from mlp_backprop.engines.compiled import formulas
 from mlp_backprop.engines.compiled.formulas import compiled
+from mlp_backprop.engines.compiled.third_derivatives import THIRD
+from mlp_backprop.engines.compiled.vectors import pointer
 
 # Offsets are unsigned: a signed index may be negative, and the test for it would keep the loops
 # from being vectorised.
@@ -101,6 +103,10 @@ def second_of(k, z):
     """Row k of formulas.SECOND, likewise."""
 
 
+def third_of(k, z):
+    """The row of third_derivatives.THIRD for row k of formulas.ACTIVATIONS, likewise."""
+
+
 def loss_of(k, h, y):
     """Row k of formulas.LOSSES, likewise."""
 
@@ -114,6 +120,12 @@ def _activation_of(k, z):
 @overload(second_of, prefer_literal=True)
 def _second_of(k, z):
     f = formulas.SECOND[ACTIVATIONS[k.literal_value]]
+    return lambda k, z: f(z)
+
+
+@overload(third_of, prefer_literal=True)
+def _third_of(k, z):
+    f = THIRD[ACTIVATIONS[k.literal_value]]
     return lambda k, z: f(z)
 
 
@@ -147,6 +159,19 @@ def activation2(sources: int, k: int) -> Callable[..., None]:
                 Z[t], F[t], S[t] = second_of(k, Z[t])
 
     return activation2
+
+
+def activation3(sources: int, k: int) -> Callable[..., None]:
+    """As `activation2`, and f'''(Z) in C."""
+
+    def activation3(Z, F, S, C, n_rows, stride, m):
+        _ = sources
+        n_rows, m = shape(n_rows, stride, m)
+        for row in range(n_rows):
+            for t in range(at(row * stride), at(row * stride + m)):
+                Z[t], F[t], S[t], C[t] = third_of(k, Z[t])
+
+    return activation3
 
 
 def loss(sources: int, k: int) -> Callable[..., None]:
@@ -193,3 +218,90 @@ def softmax_cross_entropy(sources: int) -> Callable[..., None]:
                 Y[h + t] = zero if k == zero else k * surprise
 
     return softmax_cross_entropy
+
+
+# Jets --------------------------------------------------------------------------------------------
+
+
+def jet(sources: int) -> Callable[..., None]:
+    """(I2) and (I4) of maths/jets.py: Ht in place of K arrays Zt, Hs in place of S arrays Zs.
+
+    Of n_rows rows each, one array after the other. Pair (i, j, s) adds Zt_i ∘ Zt_j to q_s.
+    """
+
+    def jet(pairs, n_pairs, F, F2, Zt, K, S, n_rows, stride, m):
+        _ = sources
+        table, m = pointer(np.int64, pairs), at(m)
+        for row in range(n_rows):
+            f = at(row * stride)
+            for s in range(K, K + S):
+                z = at((s * n_rows + row) * stride)
+                for t in range(m):
+                    Zt[z + t] *= F[f + t]
+            for p in range(n_pairs):
+                i = at((table[3 * p] * n_rows + row) * stride)
+                j = at((table[3 * p + 1] * n_rows + row) * stride)
+                z = at(((K + table[3 * p + 2]) * n_rows + row) * stride)
+                for t in range(m):
+                    Zt[z + t] += F2[f + t] * (Zt[i + t] * Zt[j + t])
+            for k in range(K):
+                z = at((k * n_rows + row) * stride)
+                for t in range(m):
+                    Zt[z + t] *= F[f + t]
+
+    return jet
+
+
+def jet_up(sources: int) -> Callable[..., None]:
+    """As `jet`, beside Zt, for a Laplacian, Σ_k c_k Zt_k², or no second derivative at all."""
+
+    def jet_up(c, F, F2, Zt, Ht, K, S, n_rows, stride, m):
+        _ = sources
+        c, m = pointer(np.int64, c), at(m)
+        for row in range(n_rows):
+            f, s = at(row * stride), at((K * n_rows + row) * stride)
+            if S:
+                for t in range(m):
+                    Ht[s + t] = F[f + t] * Zt[s + t]
+            for k in range(K):
+                z = at((k * n_rows + row) * stride)
+                for t in range(m):
+                    Ht[z + t] = F[f + t] * Zt[z + t]
+                if S and c[k]:
+                    for t in range(m):
+                        Ht[s + t] += F2[f + t] * (Zt[z + t] * Zt[z + t])
+
+    return jet_up
+
+
+def jet_down(sources: int) -> Callable[..., None]:
+    """(I5) to (I7): D in place of F, Dt and Ds in place of Zt and Zs, given G, Gt and Gs."""
+
+    def jet_down(c, F, F2, F3, Zt, G, K, S, n_rows, stride, m):
+        _ = sources
+        c, m, two = pointer(np.int64, c), at(m), type(F[0])(2)
+        for row in range(n_rows):
+            f, z_s = at(row * stride), at((K * n_rows + row) * stride)
+            g_s = at(((K + 1) * n_rows + row) * stride)
+            for t in range(m):
+                G[f + t] *= F[f + t]
+            for k in range(K):
+                z, g = at((k * n_rows + row) * stride), at(((k + 1) * n_rows + row) * stride)
+                for t in range(m):
+                    G[f + t] += G[g + t] * Zt[z + t] * F2[f + t]
+                if S and c[k]:
+                    for t in range(m):  # more arrays in one loop, and it is not vectorised
+                        G[f + t] += G[g_s + t] * (Zt[z + t] * Zt[z + t]) * F3[f + t]
+                    for t in range(m):
+                        Zt[z + t] = G[g + t] * F[f + t] + two * G[g_s + t] * F2[f + t] * Zt[z + t]
+                else:
+                    for t in range(m):
+                        Zt[z + t] = G[g + t] * F[f + t]
+            if S:
+                for t in range(m):
+                    G[f + t] += G[g_s + t] * Zt[z_s + t] * F2[f + t]
+                    Zt[z_s + t] = G[g_s + t] * F[f + t]
+            for t in range(m):
+                F[f + t] = G[f + t]
+
+    return jet_down

@@ -35,13 +35,13 @@ from mlp_backprop.engines.compiled.rows import (
 )
 from mlp_backprop.engines.compiled.tiles import (
     ONE,
+    add_products,
     deltas,
     grads_below,
     load,
     output_grads,
     store,
     weight_grads,
-    weight_products,
 )
 from mlp_backprop.engines.compiled.vectors import VECTOR_BYTES, call, lanes, pointer, shifted
 from mlp_backprop.maths.tangents import Kind
@@ -279,10 +279,11 @@ def changes_of_weight_grads(job, layers, l, A, stride, n, m, sums):
     """Equations (V5) and (V6), added to sums."""
     _, n_in, n_out, h, d, place, _, _ = layers[l]
     D, dD = shifted(A, d * stride), shifted(A, (dH_of(job, layers, l) + units(layers)) * stride)
-    weight_products(job, layers[l], A, dD, shifted(A, (h - n_in) * stride), stride, n, m, sums)
+    dW, H = shifted(sums, place), shifted(A, (h - n_in) * stride)
+    add_products(job, A, dD, n_out, H, n_in, stride, n, m, dW)
     if l > 0:
         dH = shifted(A, dH_of(job, layers, l - 1) * stride)
-        weight_products(job, layers[l], A, D, dH, stride, n, m, sums)
+        add_products(job, A, D, n_out, dH, n_in, stride, n, m, dW)
     for o in range(n_out):
         sums[place + n_out * n_in + o] += row_sum(shifted(dD, o * stride), m)
 

@@ -126,16 +126,17 @@ def backward(job, layers, A, stride, n, m):
 def weight_grads(job, layer, A, stride, n, m, sums):
     """Equations (1) and (2), D_l H_{l-1}ᵀ and D_l 1, added to sums."""
     _, n_in, n_out, h, d, place, _, _ = layer
-    D, db = shifted(A, d * stride), shifted(sums, place + n_out * n_in)
-    weight_products(job, layer, A, D, shifted(A, (h - n_in) * stride), stride, n, m, sums)
+    D, H = shifted(A, d * stride), shifted(A, (h - n_in) * stride)
+    dW = shifted(sums, place)
+    db = shifted(dW, n_out * n_in)
+    add_products(job, A, D, n_out, H, n_in, stride, n, m, dW)
     for o in range(n_out):
         db[o] += row_sum(shifted(D, o * stride), m)
 
 
 @compiled
-def weight_products(job, layer, A, D, H, stride, n, m, sums):
-    """D Hᵀ, of rows of layer l and of the one below, added to the sums for W_l."""
-    _, n_in, n_out, _, _, place, _, _ = layer
+def add_products(job, A, D, n_out, H, n_in, stride, n, m, dW):
+    """D Hᵀ, of rows of a tile, added to dW."""
     T, P, row = shifted(A, job.T), shifted(A, job.P), n_in
     if n_in < NARROW or n_out < NARROW:
         call(job.dots, (P, row, D, stride, H, stride, n_out, n_in, m))
@@ -143,7 +144,6 @@ def weight_products(job, layer, A, D, H, stride, n, m, sums):
         row = whole_vectors(n_in, lanes(A))
         transpose(T, row, H, stride, n_in, m)
         call(job.product, (NOTHING, P, P, row, D, stride, 1, T, row, n_out, n, row))
-    dW = shifted(sums, place)
     for o in range(n_out):
         for i in range(n_in):
             dW[o * n_in + i] += P[o * row + i]

@@ -7,7 +7,7 @@ import pytest
 numba = pytest.importorskip("numba", reason="the compiled engine needs numba")
 
 from mlp_backprop.activations import ACTIVATIONS  # noqa: E402
-from mlp_backprop.engines.compiled import formulas, rows  # noqa: E402
+from mlp_backprop.engines.compiled import formulas, rows, third_derivatives  # noqa: E402
 from mlp_backprop.losses import LOSSES  # noqa: E402
 
 ULPS = {np.float32: 4, np.float64: 8}
@@ -39,13 +39,19 @@ def mapped(f, n_results=1):
             out[0, t], out[1, t], out[2, t] = f(A[t])
 
     @numba.njit(error_model="numpy")
+    def four_of_one(A, out):
+        for t in range(A.size):
+            out[0, t], out[1, t], out[2, t], out[3, t] = f(A[t])
+
+    @numba.njit(error_model="numpy")
     def two_of_two(A, B, out):
         for t in range(A.size):
             out[0, t], out[1, t] = f(A[t], B[t])
 
     def call(*arrays):
         out = np.empty((n_results, arrays[0].size), arrays[0].dtype)
-        loop = two_of_two if len(arrays) == 2 else (one, two_of_one, three_of_one)[n_results - 1]
+        of_one = one, two_of_one, three_of_one, four_of_one
+        loop = two_of_two if len(arrays) == 2 else of_one[n_results - 1]
         loop(*arrays, out)
         return out if n_results > 1 else out[0]
 
@@ -58,6 +64,8 @@ def mapped(f, n_results=1):
 def test_every_row_of_the_tables_has_a_formula():
     assert formulas.ACTIVATIONS.keys() == ACTIVATIONS.keys()
     assert formulas.SECOND.keys() == ACTIVATIONS.keys()
+    smooth = {name for name, row in ACTIVATIONS.items() if row.d3f is not None}
+    assert third_derivatives.THIRD.keys() == smooth
     assert set(rows.ACTIVATIONS) == ACTIVATIONS.keys()
     assert set(rows.LOSSES) == LOSSES.keys()
 
@@ -87,6 +95,18 @@ def test_second_derivative_is_that_of_the_table(name, dtype):
         expected = row.d2f(np, Z, row.f(np, Z))
     # gelu_tanh's is made of products with the slope of its exponent, up to 100.
     np.testing.assert_allclose(bend, expected, 300 * eps, 64 * eps)
+
+
+@pytest.mark.parametrize("name", third_derivatives.THIRD)
+def test_third_derivative_is_that_of_the_table(name, dtype):
+    row, Z = ACTIVATIONS[name], LINE.astype(dtype)
+    eps = np.finfo(dtype).eps
+    *first, third = mapped(third_derivatives.THIRD[name], 4)(Z)
+    expected = mapped(formulas.SECOND[name], 3)(Z)
+    np.testing.assert_allclose(first, expected, 4 * eps, 4 * eps)
+    with np.errstate(all="ignore"):
+        expected = row.d3f(np, Z, row.f(np, Z))
+    np.testing.assert_allclose(third, expected, 300 * eps, 64 * eps)
 
 
 @pytest.mark.parametrize("name", formulas.LOSSES)
