@@ -1,6 +1,6 @@
 """All that a compiled pass is told: one record of numbers and addresses, a job."""
 
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -44,8 +44,8 @@ _record = from_dtype(JOB)
 class Job:
     """A record, its address, and the arrays that it points to."""
 
-    def __init__(self, **fields: int | Array) -> None:
-        self.record = np.zeros(1, JOB)
+    def __init__(self, record: Array, **fields: int | Array) -> None:
+        self.record = record.copy().view(JOB)
         self.address: int = self.record.ctypes.data
         self._kept: dict[str, Array] = {}
         self.set(**fields)
@@ -73,25 +73,36 @@ class Job:
 
 def job_of(spec: Spec, params: list[Layer], layout: Layout, **fields: int | Array) -> Job:
     """What every pass is told: the net, where in a workspace things are, and more by name."""
-    names = [row.name for row in spec.activations]
-    part = partial(address, spec.dtype)
+    names = tuple(row.name for row in spec.activations)
     return Job(
-        layers=layer_table(params, names, spec.dtype),
-        n_layers=len(names),
-        product=part("product"),
-        dots=part("dots"),
-        loss=part("loss", LOSSES.index(spec.loss.name)) if spec.loss else 0,
-        is_mean=spec.reduction == "mean",
-        workspace_bytes=layout.size * spec.dtype.itemsize,
-        n_sums=n_params(spec.sizes) + 2,
-        **layout._asdict(),
-        **fields,
+        _without_arrays(spec, layout), layers=layer_table(params, names, spec.dtype), **fields
     )
+
+
+@lru_cache(maxsize=128)  # as all that is kept of nets
+def _without_arrays(spec: Spec, layout: Layout) -> Array:
+    """All of a record that is known before the arrays are, as numbers: those are copied sooner."""
+    part = partial(address, spec.dtype)
+    record = np.zeros(1, JOB)
+    known = {
+        "n_layers": len(spec.activations),
+        "product": part("product"),
+        "dots": part("dots"),
+        "loss": part("loss", LOSSES.index(spec.loss.name)) if spec.loss else 0,
+        "is_mean": spec.reduction == "mean",
+        "workspace_bytes": layout.size * spec.dtype.itemsize,
+        "n_sums": n_params(spec.sizes) + 2,
+        **layout._asdict(),
+    }
+    for name, value in known.items():
+        record[name] = value
+    return record.view(np.int64)
 
 
 def as_compiled(A: Array) -> Array:
     """The array if compiled code can read it as it lies, else a copy."""
-    return np.require(A, requirements=("C", "A"))
+    flags = A.flags
+    return A if flags.c_contiguous and flags.aligned else np.require(A, requirements=("C", "A"))
 
 
 def labels_of(y: Array) -> Array:
@@ -104,18 +115,25 @@ def _address_of_data(A: Array) -> int:
     return id(A) + object.__basicsize__
 
 
-def layer_table(params: list[Layer], names: list[str], dtype: DType) -> Array:
+def layer_table(params: list[Layer], names: tuple[str, ...], dtype: DType) -> Array:
     """A row per layer: address of f_l, d_{l-1}, d_l, row of H_l, of D_l, and of its parameters.
 
     That is, their place in W_1, b_1, W_2, ... one after the other, and where W_l and b_l are.
     """
-    sizes = [params[0].W.shape[1], *(len(b) for _, b in params)]
-    table, h, d, place = [], sizes[0], sum(sizes), 0
-    for name, (W, b), (n_in, n_out) in zip(names, params, pairwise(sizes), strict=True):
+    table = _layer_rows((params[0].W.shape[1], *(len(b) for _, b in params)), names, dtype).copy()
+    table[:, W_PLACE:] = [(W.ctypes.data, b.ctypes.data) for W, b in params]
+    return table
+
+
+@lru_cache(maxsize=128)
+def _layer_rows(sizes: tuple[int, ...], names: tuple[str, ...], dtype: DType) -> Array:
+    """The table before it is known where parameters are."""
+    rows, h, d, place = [], sizes[0], sum(sizes), 0
+    for name, (n_in, n_out) in zip(names, pairwise(sizes), strict=True):
         f = address(dtype, "activation", ACTIVATIONS.index(name))
-        table.append((f, n_in, n_out, h, d, place, W.ctypes.data, b.ctypes.data))
+        rows.append((f, n_in, n_out, h, d, place, 0, 0))
         h, d, place = h + n_out, d + n_out, place + (n_in + 1) * n_out
-    return np.array(table, np.int64)
+    return np.array(rows, np.int64)
 
 
 @intrinsic
