@@ -1,5 +1,6 @@
 """All that a compiled pass is told: one record of numbers and addresses, a job."""
 
+from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
 
@@ -62,20 +63,26 @@ class Job:
         self.record = np.zeros(1, JOB)
         self._numbers = self.record.view(np.int64)  # a field by its name takes three times as long
         self.address: int = self.record.ctypes.data
-        self._kept: dict[str, Array] = {}
+        self.kept: dict[str, Array] = {}
         self.set(**fields)
 
     def set(self, **fields: int | Array) -> None:
         """Numbers by name, and arrays by their addresses."""
         for name, value in fields.items():
             if isinstance(value, np.ndarray):
-                self._kept[name] = value
+                self.kept[name] = value
                 value = value.ctypes.data
             self._numbers[PLACE[name]] = value
 
+    def forget(self, names: Iterable[str]) -> None:
+        """As if these had never been set: no array is kept alive, nor its address."""
+        for name in names:
+            self.kept.pop(name, None)
+            self._numbers[PLACE[name]] = 0
+
     def follow(self, params: list[Layer], **arrays: Array) -> None:
         """Let `find_arrays` look where these lie by then, should one be resized in place."""
-        layers = self._kept["layers"]
+        layers = self.kept["layers"]
         cells = [layers[l, k : k + 1] for l in range(len(layers)) for k in (W_PLACE, W_PLACE + 1)]
         cells += [self.record[name] for name in arrays]
         followed = [*flat(params), *arrays.values()]
@@ -83,7 +90,7 @@ class Job:
             (_address_of_data(A), cell.ctypes.data) for A, cell in zip(followed, cells, strict=True)
         ]
         self.set(places=np.array(places), n_places=len(places))
-        self._kept |= {"followed": followed}
+        self.kept |= {"followed": followed}
 
 
 def job_of(spec: Spec, params: list[Layer], layout: Layout, **fields: int | Array) -> Job:

@@ -52,7 +52,9 @@ def entry(make: Callable[..., Any], signature: Any, *which: Any) -> Any:
 @cache
 def work(make: Callable[..., Any], signature: Any, *which: Any) -> int:
     """The address of the same, for threads that never see Python."""
-    part = from_cache(partial(cfunc, signature), lambda sources: make(sources, *which))
+    # Numba's key is the same for a function that Python calls and for one that it cannot, of which
+    # each would be taken for the other: another number tells them apart.
+    part = from_cache(partial(cfunc, signature), lambda sources: make(sources + 1, *which))
     _kept.append(part)
     return int(part.address)
 

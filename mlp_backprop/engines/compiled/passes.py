@@ -5,9 +5,11 @@ to the rows of an array `out`, or adds to the sums of its chunk, which are added
 order: the number of threads changes no bit.
 """
 
+import threading
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,10 +18,39 @@ from mlp_backprop.edge.arguments import Argument
 from mlp_backprop.edge.rules import check_target_values
 from mlp_backprop.engines import threads
 from mlp_backprop.engines.compiled import kernels, parts, team
-from mlp_backprop.engines.compiled.jobs import Job, as_compiled, job_of, labels_of
+from mlp_backprop.engines.compiled.jobs import W_PLACE, Job, as_compiled, job_of, labels_of
 from mlp_backprop.engines.compiled.layout import layout
 from mlp_backprop.engines.compiled.schedule import chunks, operations
 from mlp_backprop.types import Array, Layer
+
+
+class Plan(NamedTuple):
+    """What shapes decide: a job without its arrays, room for its sums, and the cut of the rows."""
+
+    job: Job
+    layers: Array
+    sums: Array
+    n_chunks: int
+    chunk_rows: int
+    n_workers: int
+
+
+class _Kept(threading.local):
+    """Small plans of a thread that are not in use. A call that interrupts another makes its own."""
+
+    def __init__(self) -> None:
+        self.plans: dict[Any, Plan] = {}
+
+    def put(self, shapes: Any, plan: Plan) -> None:
+        """Keep it for the next; when there are too many, begin anew."""
+        if len(self.plans) >= MOST_KEPT:
+            self.plans.clear()
+        self.plans[shapes] = plan
+
+
+_kept = _Kept()
+MOST_KEPT = 8
+MOST_SUMS = 1 << 17  # of the chunks of a plan that is kept: a megabyte
 
 
 def run(
@@ -40,25 +71,49 @@ def run(
     `products` says how often a row is multiplied by every weight, `more_rows` how many rows of a
     tile the pass needs for itself, `fields` what else its job holds.
     """
-    dtype, plan = np.dtype(spec.dtype), layout(spec.sizes, len(X), spec.dtype, more_rows)
-    n_chunks, chunk_rows = chunks(len(X), plan.tile_rows, operations(spec.sizes, products), n_sums)
-    n_workers = min(threads.thread_count(), n_chunks)
+    shapes = make, spec, len(X), products, n_sums, more_rows, threads.thread_count()
+    plan = _kept.plans.pop(shapes, None) or _plan(*shapes)
+    job, dtype = plan.job, np.dtype(spec.dtype)
     own = [Layer(as_compiled(W), as_compiled(b)) for W, b in params]
-    sums = np.empty((n_chunks, n_sums))
-    workspaces = np.empty((n_workers, plan.size), dtype)
-    job = job_of(spec, own, plan, workspaces=workspaces, sums=sums, **fields)
-    job.set(n_sums=n_sums)
-    labels = _place(job, dtype, X, y, weight, n_chunks, chunk_rows)
-    if n_chunks == 1:
+    plan.layers[:, W_PLACE:] = [(W.ctypes.data, b.ctypes.data) for W, b in own]
+    job.set(**fields)
+    labels = _place(plan, dtype, X, y, weight)
+    if plan.n_chunks == 1:
         _add_rows(make, dtype)(job.address, 0, 0)
     else:
-        team.run(_work(make, dtype), job.address, n_chunks, n_workers)
+        team.run(_work(make, dtype), job.address, plan.n_chunks, plan.n_workers)
     if job.record["unknown"][0]:
         check_target_values(Argument("y", y, np), spec.loss, spec.sizes[-1])
-    del labels  # which had to live until now
-    for more in sums[1:]:
-        sums[0] += more
-    return sums[0]
+    del own, labels  # which had to live until now
+    job.forget(fields)
+    sums = plan.sums[0].copy()
+    for more in plan.sums[1:]:
+        sums += more
+    if plan.sums.size <= MOST_SUMS:
+        _kept.put(shapes, plan)
+    return sums
+
+
+def _plan(
+    make: Callable[..., Any],
+    spec: Spec,
+    n: int,
+    products: float,
+    n_sums: int,
+    more_rows: int,
+    n_threads: int,
+) -> Plan:
+    places = layout(spec.sizes, n, spec.dtype, more_rows)
+    n_chunks, rows = chunks(n, places.tile_rows, operations(spec.sizes, products), n_sums)
+    n_workers = min(n_threads, n_chunks)
+    workspaces, sums = np.empty((n_workers, places.size), spec.dtype), np.empty((n_chunks, n_sums))
+    nowhere = [
+        Layer(np.empty((n_out, n_in), spec.dtype), np.empty(n_out, spec.dtype))
+        for n_in, n_out in pairwise(spec.sizes)
+    ]
+    job = job_of(spec, nowhere, places, workspaces=workspaces, sums=sums)
+    job.set(n_sums=n_sums)
+    return Plan(job, job.kept["layers"], sums, n_chunks, rows, n_workers)
 
 
 @cache  # for signatures take long to look up
@@ -77,18 +132,13 @@ def _placer(dtype: np.dtype[Any]) -> Any:
 
 
 def _place(
-    job: Job,
-    dtype: np.dtype[Any],
-    X: Array,
-    y: Array | None,
-    weight: Array | None,
-    n_chunks: int,
-    chunk_rows: int,
+    plan: Plan, dtype: np.dtype[Any], X: Array, y: Array | None, weight: Array | None
 ) -> Array:
     """Tell a job where the data is. The labels returned are to be kept."""
     no_targets, results = np.empty((0, 0), dtype), np.empty(0, dtype)
     targets = no_targets if y is None or y.ndim == 1 else y
     labels = labels_of(no_targets if y is None else y)
     weights = results if weight is None else weight
-    _placer(dtype)(job.address, n_chunks, chunk_rows, X, targets, labels, weights, results)
+    cut = plan.n_chunks, plan.chunk_rows
+    _placer(dtype)(plan.job.address, *cut, X, targets, labels, weights, results)
     return labels

@@ -1,5 +1,8 @@
 """The compiled engine: the derivation's answers, whatever the arrays, whatever the threads."""
 
+import os
+import subprocess
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -387,6 +390,31 @@ def test_whoever_waits_at_a_terminal_is_told_once_why(seconds, is_terminal, caps
         patience.say_once()
     expected = "mlp_backprop compiles for this processor, once ...\n"
     assert capsys.readouterr().err == (expected if seconds > 2 and is_terminal else "")
+
+
+MODULE = """
+from numba import types
+from mlp_backprop.engines.compiled import parts
+
+SIGNATURE = types.boolean(types.intp)
+
+def make(sources):
+    def is_positive(n):
+        _ = sources
+        return n > 0
+    return is_positive
+"""
+
+
+def test_what_threads_call_is_not_taken_for_what_python_calls(tmp_path):
+    (tmp_path / "made.py").write_text(MODULE)
+    environment = os.environ | {
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+    }
+    for asks in ("assert parts.work(make, SIGNATURE)", "assert parts.entry(make, SIGNATURE)(3)"):
+        program = f"from made import *; {asks}"
+        subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
 def test_the_layouts_of_many_nets_are_not_all_kept():
