@@ -41,7 +41,6 @@ from mlp_backprop import (
     trace,
     vjp,
 )
-from mlp_backprop.derivatives import products
 from mlp_backprop.engines import numpy_products, numpy_tiles, schedule, threads
 from mlp_backprop.engines.threads import blas_on_one_thread, run_chunks
 from mlp_backprop.maths import row_blocks, samples, tangents
@@ -375,7 +374,6 @@ def seen(blas_threads, monkeypatch):
         (numpy_tiles.TiledRun, "_forward"),
         (numpy_products.ProductRun, "_up"),
         (backprop, "forward"),
-        (products, "tangents"),
         (tangents, "tangents"),
     ):
         monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
