@@ -239,6 +239,7 @@ IMPORTS = {
         "training.arguments types",
         "numpy",
     ),
+    "training.pictures": ("types", "matplotlib numpy"),
     "training.schedules": ("edge.numbers types", "numpy"),
     # checks
     "checks": ("", ""),
@@ -259,7 +260,7 @@ IMPORTS = {
         "checks.checking derivatives.curvature derivatives.gradients derivatives.inputs "
         "derivatives.per_sample derivatives.prepared derivatives.products "
         "derivatives.residuals edge.backends engines.memory nets.initial nets.vectors "
-        "training.optimizers training.schedules types",
+        "training.optimizers training.pictures training.schedules types",
         "",
     ),
     # bench
@@ -321,7 +322,7 @@ ONLY_IN = {
         "engines.cuda.warp_tiles",
     },
     "jax": {"bench.contenders"},
-    "matplotlib": {"bench.charts"},
+    "matplotlib": {"bench.charts", "training.pictures"},
     "llvmlite": {
         "engines.compiled.products",
         "engines.compiled.team",

@@ -420,3 +420,9 @@ def test_rates_and_parameters_of_members_are_checked():
     mixed = [params[0], draw(0)[1]]
     with pytest.raises(ValueError, match="with the same members in front of all"):
         optimizer.init(mixed)
+
+
+def test_parameters_of_two_dtypes_are_refused():
+    mixed = [draw(0)[0], draw(0, "float32")[1]]
+    with pytest.raises(TypeError, match="W of layer 2 has dtype float32, W of layer 1 float64"):
+        optimizers.SGD().init(mixed)
