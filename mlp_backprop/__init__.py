@@ -31,6 +31,10 @@ The derivation is in backprop.py; the table of contents is here:
     ravel_params            parameters as one vector
     unravel_params          and back
 
+    optimizers              Adam and others, for loops of one's own
+    schedules               learning rates, one for each step, as arrays
+    plot_history            the losses of a run, drawn
+
 Everything that is public can be imported from here, the types of results and arguments too; the
 rooms below are internal.
 """
@@ -57,6 +61,8 @@ from mlp_backprop.edge.backends import BackendStatus, backends
 from mlp_backprop.engines.memory import keep_freed_memory
 from mlp_backprop.nets.initial import init_params
 from mlp_backprop.nets.vectors import ravel_params, unravel_params
+from mlp_backprop.training import optimizers, schedules
+from mlp_backprop.training.pictures import plot_history
 from mlp_backprop.types import Layer, LossAndGrads, Net, Params
 
 __all__ = [
@@ -86,11 +92,14 @@ __all__ = [
     "laplacian",
     "linear_operator",
     "ntk",
+    "optimizers",
     "per_sample_grad_norms",
     "per_sample_grads",
+    "plot_history",
     "prepare_grads",
     "ravel_params",
     "residual_grads",
+    "schedules",
     "sobolev_grads",
     "trace",
     "unravel_params",

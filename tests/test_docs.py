@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import mlp_backprop
-from mlp_backprop import backprop
+from mlp_backprop import backprop, optimizers
 from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.losses import LOSSES
 
@@ -60,6 +60,15 @@ def test_derivation_has_the_equations_of_the_code():
 @pytest.mark.parametrize("name", [*ACTIVATIONS, *LOSSES])
 def test_derivation_has_every_row_of_the_tables(name):
     assert f"| `{name}` |" in DERIVATION
+
+
+@pytest.mark.parametrize("row", optimizers.OPTIMIZERS.values(), ids=lambda row: row.name)
+def test_training_has_every_optimizer_with_its_defaults(row):
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    (line,) = (line for line in page.splitlines() if line.startswith(f"| `{type(row).__name__}` |"))
+    _, _, options, rate, _ = line.split("|")
+    assert eval(f"optimizers.{type(row).__name__}({options.strip(' `')})") == row
+    assert float(rate.partition(",")[0]) == row.learning_rate
 
 
 def test_version_and_date_are_the_same_everywhere():

@@ -21,6 +21,7 @@ backprop
 maths edge
 nets engines
 derivatives
+training
 checks
 mlp_backprop
 bench
@@ -40,6 +41,7 @@ IMPORTS = {
     "backprop": ("activations losses types", ""),
     # maths
     "maths": ("", ""),
+    "maths.optimizers": ("types", ""),
     "maths.jets": ("activations backprop types", ""),
     "maths.row_blocks": ("types", ""),
     "maths.samples": ("backprop types", ""),
@@ -51,6 +53,7 @@ IMPORTS = {
     "edge.arguments": ("edge.backends types", "numpy"),
     "edge.calls": ("edge.backends", "numpy"),
     "edge.kinds": ("backprop edge.backends types", "numpy"),
+    "edge.numbers": ("edge.arguments", "numpy"),
     "edge.rules": ("activations backprop edge.arguments edge.backends losses types", ""),
     "edge.validation": (
         "backprop edge.arguments edge.backends edge.kinds edge.rules types",
@@ -228,6 +231,16 @@ IMPORTS = {
         "engines.choice losses maths.jets maths.row_blocks types",
         "",
     ),
+    # training
+    "training": ("", ""),
+    "training.arguments": ("edge.arguments edge.kinds edge.numbers types", "numpy"),
+    "training.optimizers": (
+        "edge.arguments edge.calls edge.numbers maths.optimizers nets.vectors "
+        "training.arguments types",
+        "numpy",
+    ),
+    "training.pictures": ("types", "matplotlib numpy"),
+    "training.schedules": ("edge.numbers types", "numpy"),
     # checks
     "checks": ("", ""),
     "checks.derivatives": (
@@ -246,7 +259,8 @@ IMPORTS = {
     "mlp_backprop": (
         "checks.checking derivatives.curvature derivatives.gradients derivatives.inputs "
         "derivatives.per_sample derivatives.prepared derivatives.products "
-        "derivatives.residuals edge.backends engines.memory nets.initial nets.vectors types",
+        "derivatives.residuals edge.backends engines.memory nets.initial nets.vectors "
+        "training.optimizers training.pictures training.schedules types",
         "",
     ),
     # bench
@@ -308,7 +322,7 @@ ONLY_IN = {
         "engines.cuda.warp_tiles",
     },
     "jax": {"bench.contenders"},
-    "matplotlib": {"bench.charts"},
+    "matplotlib": {"bench.charts", "training.pictures"},
     "llvmlite": {
         "engines.compiled.products",
         "engines.compiled.team",

@@ -17,7 +17,9 @@ from mlp_backprop import (
     init_params,
     jacobian,
     linear_operator,
+    optimizers,
     prepare_grads,
+    schedules,
     trace,
 )
 
@@ -39,6 +41,16 @@ def typed_calls() -> None:
     grad_fn: PreparedGrads = prepare_grads(params, n=4)
     hvp(params, X, y, grad_fn(params, X, y, out=result.grads).grads)
 
+    # Optimizers: layers stay layers, a Net a Net.
+    optimizer = optimizers.Adam(betas=(0.9, 0.99))
+    state: optimizers.OptimizerState = optimizer.init(params)
+    layers, state = optimizer.update(layers, result.grads, state, schedules.cosine(0.1, 3)[0])
+    net, state = optimizer.update(Net(layers, "tanh"), result.grads, state, [0.1, 0.2])
+    compute_grads(net._replace(params=layers), X, y)
+
+    optimizer.update(layers, result.grads, state, "cosine")  # type: ignore[arg-type]
+    optimizers.SGD(momentum="much")  # type: ignore[arg-type]
+    schedules.step(0.1, 10)  # type: ignore[call-arg]
     compute_grads(params, X, y, activation="nope")  # type: ignore[arg-type]
     compute_grads(params, X, y, loss="mse")  # type: ignore[arg-type]
     compute_grads(params, X, y, reduction="none")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Charts of benchmark results; the only file that imports matplotlib.
+"""Charts of benchmark results.
 
 Each is a panel per net and dtype with a line per number of rows, on which every contender has a
 mark: nothing is drawn where nothing was measured, and all panels have one scale.
