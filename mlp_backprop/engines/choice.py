@@ -161,7 +161,7 @@ def derivation(
 ) -> LossAndGrads:
     """The derivation as a run: of every library that has no faster one."""
     params = [Layer(W, b) for W, b in params]
-    with undisturbed(spec, X.shape[0]):
+    with undisturbed(spec, X.shape[-2]):
         sums = backprop.loss_and_grad_sums(spec, params, X, y, weight)
     return backprop.reduced(spec, sums, out)
 
