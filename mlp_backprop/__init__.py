@@ -31,6 +31,10 @@ The derivation is in backprop.py; the table of contents is here:
     ravel_params            parameters as one vector
     unravel_params          and back
 
+    stack_params            parameters of many nets as one, for many nets in one call
+    unstack_params          and back
+    ensemble_forward        mean and standard deviation of what they predict
+
 Everything that is public can be imported from here, the types of results and arguments too; the
 rooms below are internal.
 """
@@ -56,13 +60,16 @@ from mlp_backprop.derivatives.residuals import residual_grads, sobolev_grads
 from mlp_backprop.edge.backends import BackendStatus, backends
 from mlp_backprop.engines.memory import keep_freed_memory
 from mlp_backprop.nets.initial import init_params
+from mlp_backprop.nets.members import stack_params, unstack_params
 from mlp_backprop.nets.vectors import ravel_params, unravel_params
+from mlp_backprop.training.ensembles import MeanAndStd, ensemble_forward
 from mlp_backprop.types import Layer, LossAndGrads, Net, Params
 
 __all__ = [
     "BackendStatus",
     "Layer",
     "LossAndGrads",
+    "MeanAndStd",
     "Net",
     "Params",
     "PreparedGrads",
@@ -71,6 +78,7 @@ __all__ = [
     "check_grads",
     "clipped_grads",
     "compute_grads",
+    "ensemble_forward",
     "fisher_vp",
     "forward",
     "ggn",
@@ -92,8 +100,10 @@ __all__ = [
     "ravel_params",
     "residual_grads",
     "sobolev_grads",
+    "stack_params",
     "trace",
     "unravel_params",
+    "unstack_params",
     "vjp",
 ]
 

@@ -6,6 +6,7 @@ apart by sample:
     values, G = row.value_and_grad(xp, H, Y)      (n,) and dE/dH_L (n, d_L)
     row.hessian_product(xp, H, Y, V)              (d2E/dH_L2) V, (n, d_L)
     row.fisher_product(xp, H, Y, V)               (E G Gᵀ) V, (n, d_L)
+    row.link(xp, H)                               the means that logits H stand for, (n, d_L)
 
 V may have axes before these, for several vectors at once; so may H and Y, for several nets.
 
@@ -45,14 +46,18 @@ from mlp_backprop.types import Array, Namespace
 
 
 class Loss(NamedTuple):
-    """One row: a name, the value with its gradient, two products, and what Y may be."""
+    """One row: a name, value and gradient, two products, what Y may be, and the link."""
 
     name: str
     value_and_grad: Callable[[Namespace, Array, Array], tuple[Array, Array]]
     hessian_product: Callable[[Namespace, Array, Array, Array], Array]
     fisher_product: Callable[[Namespace, Array, Array, Array], Array]
     targets: Literal["real", "probability", "class"]
-    takes_logits: bool
+    link: Callable[[Namespace, Array], Array] | None  # from logits to means; None: takes no logits
+
+    @property
+    def takes_logits(self) -> bool:
+        return self.link is not None
 
 
 def _squared_error(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
@@ -99,6 +104,10 @@ def _huber_fisher_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     return HUBER_FISHER * V
 
 
+def _exp(xp: Namespace, H: Array) -> Array:
+    return xp.exp(H)
+
+
 def _poisson(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
     rate = xp.exp(H)
     return xp.sum(rate - Y * H, axis=-1), rate - Y
@@ -128,6 +137,11 @@ def _class_weights(xp: Namespace, H: Array, Y: Array) -> Array:
     return xp.astype(xp.astype(Y, classes.dtype)[..., None] == classes, H.dtype)
 
 
+def _softmax(xp: Namespace, H: Array) -> Array:
+    E = xp.exp(H - xp.max(H, axis=-1, keepdims=True))
+    return E / xp.sum(E, axis=-1, keepdims=True)
+
+
 def _softmax_cross_entropy(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
     # With S = H - max(H): -sum_k y_k log p_k = sum_k y_k (log sum_j exp(S_j) - S_k). A class
     # of weight 0 adds nothing, whatever its logit: 0 * inf would be nan.
@@ -141,8 +155,7 @@ def _softmax_cross_entropy(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Ar
 
 def _softmax_cross_entropy_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     Y = _class_weights(xp, H, Y)
-    E = xp.exp(H - xp.max(H, axis=-1, keepdims=True))
-    P = E / xp.sum(E, axis=-1, keepdims=True)
+    P = _softmax(xp, H)
     return xp.sum(Y, axis=-1, keepdims=True) * P * (V - xp.sum(P * V, axis=-1, keepdims=True))
 
 
@@ -155,7 +168,7 @@ LOSSES = {
             _squared_error_hessian_product,
             _squared_error_hessian_product,
             "real",
-            takes_logits=False,
+            link=None,
         ),
         Loss(
             "absolute_error",
@@ -163,7 +176,7 @@ LOSSES = {
             _absolute_error_hessian_product,
             _absolute_error_fisher_product,
             "real",
-            takes_logits=False,
+            link=None,
         ),
         Loss(
             "huber",
@@ -171,7 +184,7 @@ LOSSES = {
             _huber_hessian_product,
             _huber_fisher_product,
             "real",
-            takes_logits=False,
+            link=None,
         ),
         Loss(
             "poisson",
@@ -179,7 +192,7 @@ LOSSES = {
             _poisson_hessian_product,
             _poisson_hessian_product,
             "real",
-            takes_logits=True,
+            link=_exp,
         ),
         Loss(
             "binary_cross_entropy",
@@ -187,7 +200,7 @@ LOSSES = {
             _binary_cross_entropy_hessian_product,
             _binary_cross_entropy_hessian_product,
             "probability",
-            takes_logits=True,
+            link=logistic,
         ),
         Loss(
             "softmax_cross_entropy",
@@ -195,7 +208,7 @@ LOSSES = {
             _softmax_cross_entropy_hessian_product,
             _softmax_cross_entropy_hessian_product,
             "class",
-            takes_logits=True,
+            link=_softmax,
         ),
     )
 }

@@ -21,6 +21,7 @@ backprop
 maths edge
 nets engines
 derivatives
+training
 checks
 mlp_backprop
 bench
@@ -52,13 +53,15 @@ IMPORTS = {
     "edge.calls": ("edge.backends", "numpy"),
     "edge.kinds": ("backprop edge.backends types", "numpy"),
     "edge.rules": ("activations backprop edge.arguments edge.backends losses types", ""),
+    "edge.members": ("edge.arguments edge.rules losses types", ""),
     "edge.validation": (
-        "backprop edge.arguments edge.backends edge.kinds edge.rules types",
+        "backprop edge.arguments edge.backends edge.kinds edge.members edge.rules types",
         "numpy",
     ),
     # nets
     "nets": ("types", ""),
-    "nets.initial": ("edge.arguments types", "numpy"),
+    "nets.members": ("edge.arguments edge.members edge.rules types", ""),
+    "nets.initial": ("edge.arguments nets.members types", "numpy"),
     "nets.vectors": ("edge.arguments types", ""),
     # engines
     "engines": ("", ""),
@@ -191,10 +194,11 @@ IMPORTS = {
         "maths.samples maths.tangents types",
         "numpy",
     ),
+    "engines.members": ("backprop engines.choice types", "numpy"),
     # derivatives
     "derivatives": ("", ""),
     "derivatives.gradients": (
-        "backprop edge.calls edge.kinds edge.validation engines.choice types",
+        "backprop edge.calls edge.kinds edge.validation engines.choice engines.members types",
         "",
     ),
     "derivatives.inputs": (
@@ -203,8 +207,8 @@ IMPORTS = {
         "",
     ),
     "derivatives.per_sample": (
-        "backprop edge.arguments edge.calls edge.validation engines.choice maths.row_blocks "
-        "maths.samples types",
+        "backprop edge.arguments edge.calls edge.validation engines.choice engines.members "
+        "maths.row_blocks maths.samples types",
         "",
     ),
     "derivatives.prepared": (
@@ -228,6 +232,12 @@ IMPORTS = {
         "engines.choice losses maths.jets maths.row_blocks types",
         "",
     ),
+    # training
+    "training": ("", ""),
+    "training.ensembles": (
+        "backprop edge.calls edge.rules edge.validation engines.members types",
+        "",
+    ),
     # checks
     "checks": ("", ""),
     "checks.derivatives": (
@@ -246,7 +256,8 @@ IMPORTS = {
     "mlp_backprop": (
         "checks.checking derivatives.curvature derivatives.gradients derivatives.inputs "
         "derivatives.per_sample derivatives.prepared derivatives.products "
-        "derivatives.residuals edge.backends engines.memory nets.initial nets.vectors types",
+        "derivatives.residuals edge.backends engines.memory nets.initial nets.members "
+        "nets.vectors training.ensembles types",
         "",
     ),
     # bench
