@@ -18,7 +18,9 @@ from mlp_backprop import (
     jacobian,
     linear_operator,
     prepare_grads,
+    stack_params,
     trace,
+    unstack_params,
 )
 
 
@@ -38,6 +40,9 @@ def typed_calls() -> None:
     trace(params, X, y).D.reverse()
     grad_fn: PreparedGrads = prepare_grads(params, n=4)
     hvp(params, X, y, grad_fn(params, X, y, out=result.grads).grads)
+    nets: list[list[Layer]] = unstack_params(stack_params([layers, layers]))
+    net: Net = stack_params([Net(nets[0]), Net(nets[1], "relu")])
+    net._replace(params=unstack_params(net)[0].params)
 
     compute_grads(params, X, y, activation="nope")  # type: ignore[arg-type]
     compute_grads(params, X, y, loss="mse")  # type: ignore[arg-type]

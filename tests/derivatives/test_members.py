@@ -186,14 +186,15 @@ def test_one_plan_is_for_all(monkeypatch):
     assert len(plans) == 1
 
 
-def test_a_call_of_one_net_does_not_stand_for_many():
+@pytest.mark.parametrize("own", [False, True], ids=["shared data", "own data"])
+def test_a_call_of_one_net_does_not_stand_for_many(own):
     """Calls like one before are known again by their shapes."""
-    problems = members_of()
-    params, X, y, _ = stacked(problems)
-    for _ in range(3):
-        alone = [compute_grads(problem.params, X, y) for problem in problems]
-        assert_members(compute_grads(params, X, y), alone)
-        assert compute_grads(params, X, y).loss.shape == (E,)
+    problems = members_of(own=own)
+    params, X, y, options = stacked(problems)
+    for call in calls(options).values():
+        for _ in range(3):
+            alone = [call(problem.params, problem.X, problem.y) for problem in problems]
+            assert_members(call(params, X, y), alone)
 
 
 # What does not fit -------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ ONE_NET = {
 @pytest.mark.parametrize("name", ONE_NET)
 def test_others_take_one_net_and_say_so(name):
     call = partial(ONE_NET[name], getattr(package, name))
-    compute_grads(PARAMS, X, Y)  # a call that was right
+    forward(PARAMS, X), compute_grads(PARAMS, X, np.stack([Y] * E))  # calls that were right
     message = r"one net, and W of layer 1 has shape \(3, 5, 3\), that of 3 nets: unstack_params"
     with pytest.raises(ValueError, match=message):
         call(PARAMS)
