@@ -4,7 +4,8 @@ These are computed one net after the other, by one pass, into arrays that all sh
 libraries go through the derivation at once, with one more axis in front.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import repeat
 
 import numpy as np
 
@@ -22,8 +23,8 @@ def loss_and_grads(
     run = choice.plan(spec, X.shape[-2], backend)
     losses = np.empty(len(params[0].W), accumulator_dtype(spec))
     grads = [Layer(np.empty(W.shape, W.dtype), np.empty(b.shape, b.dtype)) for W, b in params]
-    for e in range(len(losses)):
-        losses[e], _ = run(*member(e, params, X, y), weight, member_params(e, grads))
+    for e, (own, out) in enumerate(zip(members(params, X, y), nets(grads), strict=True)):
+        losses[e], _ = run(*own, weight, out)
     return LossAndGrads(losses, grads)
 
 
@@ -42,20 +43,24 @@ def each(
     """one(params, X, y) of one net, or of many with the members' axis in front."""
     if spec.xp is not np or params[0].W.ndim == 2:
         return one(params, X, y)
-    E = len(params[0].W)
-    result = one(*member(0, params, X, y))
-    results = np.empty((E, *result.shape), result.dtype)
-    results[0] = result
-    for e in range(1, E):
-        results[e] = one(*member(e, params, X, y))
+    results: Array = None
+    for e, own in enumerate(members(params, X, y)):
+        result = one(*own)
+        if results is None:
+            results = np.empty((len(params[0].W), *result.shape), result.dtype)
+        results[e] = result
     return results
 
 
-def member(e: int, params: Layers, X: Array, y: Array | None) -> tuple[Layers, Array, Array | None]:
-    """One net, and its data."""
-    own = y if y is None else y[e if len(y) > 1 else 0]
-    return member_params(e, params), X[e] if X.ndim == 3 else X, own
+def members(
+    params: Layers, X: Array, y: Array | None
+) -> Iterator[tuple[Layers, Array, Array | None]]:
+    """Each net with its data, or that of all."""
+    own_X = X if X.ndim == 3 else repeat(X)
+    own_y = repeat(None) if y is None else y if len(y) > 1 else repeat(y[0])
+    return zip(nets(params), own_X, own_y, strict=False)
 
 
-def member_params(e: int, params: Layers) -> Layers:
-    return [Layer(W[e], b[e]) for W, b in params]
+def nets(params: Layers) -> Iterator[Layers]:
+    """Views, as an iteration over arrays makes them: sooner than an index does."""
+    return map(list, zip(*(map(Layer, W, b) for W, b in params), strict=True))
