@@ -34,6 +34,9 @@ The derivation is in backprop.py; the table of contents is here:
     optimizers              Adam and others, for loops of one's own
     schedules               learning rates, one for each step, as arrays
     plot_history            the losses of a run, drawn
+    stack_params            parameters of many nets as one, for many nets in one call
+    unstack_params          and back
+    ensemble_forward        mean and standard deviation of what they predict
 
 Everything that is public can be imported from here, the types of results and arguments too; the
 rooms below are internal.
@@ -60,15 +63,18 @@ from mlp_backprop.derivatives.residuals import residual_grads, sobolev_grads
 from mlp_backprop.edge.backends import BackendStatus, backends
 from mlp_backprop.engines.memory import keep_freed_memory
 from mlp_backprop.nets.initial import init_params
+from mlp_backprop.nets.members import stack_params, unstack_params
 from mlp_backprop.nets.vectors import ravel_params, unravel_params
 from mlp_backprop.training import optimizers, schedules
 from mlp_backprop.training.pictures import plot_history
+from mlp_backprop.training.ensembles import MeanAndStd, ensemble_forward
 from mlp_backprop.types import Layer, LossAndGrads, Net, Params
 
 __all__ = [
     "BackendStatus",
     "Layer",
     "LossAndGrads",
+    "MeanAndStd",
     "Net",
     "Params",
     "PreparedGrads",
@@ -77,6 +83,7 @@ __all__ = [
     "check_grads",
     "clipped_grads",
     "compute_grads",
+    "ensemble_forward",
     "fisher_vp",
     "forward",
     "ggn",
@@ -101,8 +108,10 @@ __all__ = [
     "residual_grads",
     "schedules",
     "sobolev_grads",
+    "stack_params",
     "trace",
     "unravel_params",
+    "unstack_params",
     "vjp",
 ]
 

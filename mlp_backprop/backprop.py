@@ -16,6 +16,10 @@ Rows are samples: n of them. Layer l = 1, ..., L has width d_l; layer 0 is the i
 docs/derivation.md derives (1)-(4). Everything here is a sum over samples, so that it adds up over
 blocks of rows; whoever wants a mean divides once, outside.
 
+Many nets at once have one more axis in front, of E members: W_l (E, d_l, d_{l-1}), b_l (E, d_l),
+X (E, n, d_0), or (n, d_0) for all. y then has that axis too, of length 1 if it is for all: targets
+have as many axes as H_L, class labels one fewer.
+
 This file is written in the Array API, for any array library; every faster engine is tested
 against it. Lists are indexed by the layer: Z[l], H[l], with Z[0] = H[0] = X.
 """
@@ -56,7 +60,7 @@ def forward(spec: Spec, params: Layers, X: Array) -> tuple[list[Array], list[Arr
     """Z_l and H_l of every layer."""
     Z, H = [X], [X]
     for (W, b), activation in zip(params, spec.activations, strict=True):
-        Z.append(H[-1] @ W.T + b)  # Z_l = H_{l-1} W_lᵀ + b_l
+        Z.append(H[-1] @ W.mT + b[..., None, :])  # Z_l = H_{l-1} W_lᵀ + b_l
         H.append(activation.f(spec.xp, Z[-1]))  # H_l = f_l(Z_l)
     return Z, H
 
@@ -77,11 +81,11 @@ def loss_and_output_grad(
 ) -> tuple[Array, Array]:
     """Weighted loss of every sample (n,), in the accumulator's dtype, and G = dE/dH_L."""
     xp, wide = spec.xp, accumulator_dtype(spec)
-    Y = xp.astype(y, wide, copy=False) if y.ndim == 2 else y
+    Y = xp.astype(y, wide, copy=False) if y.ndim == H_L.ndim else y
     values, G = spec.loss.value_and_grad(xp, xp.astype(H_L, wide, copy=False), Y)
     if weight is not None:
         weight = xp.astype(weight, wide, copy=False)
-        values, G = weight * values, weight[:, None] * G
+        values, G = weight * values, weight[..., None] * G
     return values, xp.astype(G, spec.dtype, copy=False)
 
 
@@ -89,7 +93,7 @@ def layer_grad_sums(spec: Spec, D: Array, H_below: Array) -> Layer:
     """Equations (1) and (2) for one layer, from D_l and H_{l-1}."""
     xp, wide = spec.xp, accumulator_dtype(spec)
     D, H_below = xp.astype(D, wide, copy=False), xp.astype(H_below, wide, copy=False)
-    return Layer(W=D.T @ H_below, b=xp.sum(D, axis=0))  # (1), (2)
+    return Layer(W=D.mT @ H_below, b=xp.sum(D, axis=-2))  # (1), (2)
 
 
 def loss_and_grad_sums(
@@ -99,13 +103,13 @@ def loss_and_grad_sums(
     Z, H = forward(spec, params, X)
     values, G = loss_and_output_grad(spec, H[-1], y, weight)
     grads = [layer_grad_sums(spec, D, H[l - 1]) for l, D in backward(spec, params, Z, H, G)]
-    return Sums(spec.xp.sum(values), weight_sum(spec, X, weight), grads[::-1])
+    return Sums(spec.xp.sum(values, axis=-1), weight_sum(spec, X, weight), grads[::-1])
 
 
 def weight_sum(spec: Spec, X: Array, weight: Array | None) -> Array | float:
     """What a mean is divided by: n, or the sum of the sample weights."""
     if weight is None:
-        return float(X.shape[0])
+        return float(X.shape[-2])
     return spec.xp.sum(weight, dtype=accumulator_dtype(spec))
 
 
@@ -123,7 +127,8 @@ def reduced(spec: Spec, sums: Sums, out: Layers | None = None) -> LossAndGrads:
     """Sums as a caller gets them: in new arrays, or in those of `out` for the gradients."""
     xp, over = spec.xp, divisor(spec, sums.weight)
     # A sum may leave the range of half precision, so its loss stays in the accumulator's dtype.
-    loss = xp.asarray(sums.loss / over, dtype=accumulator_dtype(spec))[()]
+    loss = xp.asarray(sums.loss / over, dtype=accumulator_dtype(spec))
+    loss = loss if loss.ndim else loss[()]  # a scalar in NumPy
     grads = [Layer(W / over, b / over) for W, b in sums.grads]
     if grads[0].W.dtype != spec.dtype:
         grads = [Layer(xp.astype(W, spec.dtype), xp.astype(b, spec.dtype)) for W, b in grads]

@@ -6,8 +6,9 @@ apart by sample:
     values, G = row.value_and_grad(xp, H, Y)      (n,) and dE/dH_L (n, d_L)
     row.hessian_product(xp, H, Y, V)              (d2E/dH_L2) V, (n, d_L)
     row.fisher_product(xp, H, Y, V)               (E G Gᵀ) V, (n, d_L)
+    row.link(xp, H)                               the means that logits H stand for, (n, d_L)
 
-V may have axes before these, for several vectors at once.
+V may have axes before these, for several vectors at once; so may H and Y, for several nets.
 
 The Fisher product reads a loss as -log p(y | h) and takes the mean of G Gᵀ over the y that p itself
 draws. Wherever the loss is twice differentiable in h this mean is that of the Hessian, which for
@@ -45,19 +46,23 @@ from mlp_backprop.types import Array, Namespace
 
 
 class Loss(NamedTuple):
-    """One row: a name, the value with its gradient, two products, and what Y may be."""
+    """One row: a name, value and gradient, two products, what Y may be, and the link."""
 
     name: str
     value_and_grad: Callable[[Namespace, Array, Array], tuple[Array, Array]]
     hessian_product: Callable[[Namespace, Array, Array, Array], Array]
     fisher_product: Callable[[Namespace, Array, Array, Array], Array]
     targets: Literal["real", "probability", "class"]
-    takes_logits: bool
+    link: Callable[[Namespace, Array], Array] | None  # from logits to means; None: takes no logits
+
+    @property
+    def takes_logits(self) -> bool:
+        return self.link is not None
 
 
 def _squared_error(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
     R = H - Y
-    return xp.sum(R * R, axis=1), 2 * R
+    return xp.sum(R * R, axis=-1), 2 * R
 
 
 def _squared_error_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
@@ -66,7 +71,7 @@ def _squared_error_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) 
 
 def _absolute_error(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
     R = H - Y
-    return xp.sum(xp.abs(R), axis=1), xp.sign(R)
+    return xp.sum(xp.abs(R), axis=-1), xp.sign(R)
 
 
 def _absolute_error_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
@@ -81,7 +86,7 @@ def _huber(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
     # With C = clip(R, -1, 1), C (R - C/2) is R²/2 where |R| <= 1 and |R| - 1/2 beyond.
     R = H - Y
     C = xp.clip(R, -1.0, 1.0)
-    return xp.sum(C * (R - C / 2), axis=1), C
+    return xp.sum(C * (R - C / 2), axis=-1), C
 
 
 def _huber_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
@@ -99,9 +104,13 @@ def _huber_fisher_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     return HUBER_FISHER * V
 
 
+def _exp(xp: Namespace, H: Array) -> Array:
+    return xp.exp(H)
+
+
 def _poisson(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
     rate = xp.exp(H)
-    return xp.sum(rate - Y * H, axis=1), rate - Y
+    return xp.sum(rate - Y * H, axis=-1), rate - Y
 
 
 def _poisson_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
@@ -112,7 +121,7 @@ def _binary_cross_entropy(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Arr
     # -y log s(h) - (1 - y) log(1 - s(h)) = log(1 + exp(h)) - y h, with log(1 + exp(h)) split
     # as in softplus; max(h, 0) - y h goes first, so that nothing is lost where the two cancel.
     values = (xp.clip(H, 0.0, None) - Y * H) + xp.log1p(xp.exp(-xp.abs(H)))
-    return xp.sum(values, axis=1), logistic(xp, H) - Y
+    return xp.sum(values, axis=-1), logistic(xp, H) - Y
 
 
 def _binary_cross_entropy_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
@@ -122,28 +131,32 @@ def _binary_cross_entropy_hessian_product(xp: Namespace, H: Array, Y: Array, V: 
 
 def _class_weights(xp: Namespace, H: Array, Y: Array) -> Array:
     """Targets as rows of weights (n, d_L): class indices (n,) become rows with a single 1."""
-    if Y.ndim == 2:
+    if Y.ndim == H.ndim:
         return Y
-    classes = xp.arange(H.shape[1], device=H.device)
-    return xp.astype(xp.astype(Y, classes.dtype)[:, None] == classes[None, :], H.dtype)
+    classes = xp.arange(H.shape[-1], device=H.device)
+    return xp.astype(xp.astype(Y, classes.dtype)[..., None] == classes, H.dtype)
+
+
+def _softmax(xp: Namespace, H: Array) -> Array:
+    E = xp.exp(H - xp.max(H, axis=-1, keepdims=True))
+    return E / xp.sum(E, axis=-1, keepdims=True)
 
 
 def _softmax_cross_entropy(xp: Namespace, H: Array, Y: Array) -> tuple[Array, Array]:
     # With S = H - max(H): -sum_k y_k log p_k = sum_k y_k (log sum_j exp(S_j) - S_k). A class
     # of weight 0 adds nothing, whatever its logit: 0 * inf would be nan.
     Y = _class_weights(xp, H, Y)
-    S = H - xp.max(H, axis=1, keepdims=True)
+    S = H - xp.max(H, axis=-1, keepdims=True)
     E = xp.exp(S)
-    total = xp.sum(E, axis=1, keepdims=True)
+    total = xp.sum(E, axis=-1, keepdims=True)
     surprise = xp.where(Y == 0, xp.zeros_like(S), Y * (xp.log(total) - S))
-    return xp.sum(surprise, axis=1), xp.sum(Y, axis=1, keepdims=True) * (E / total) - Y
+    return xp.sum(surprise, axis=-1), xp.sum(Y, axis=-1, keepdims=True) * (E / total) - Y
 
 
 def _softmax_cross_entropy_hessian_product(xp: Namespace, H: Array, Y: Array, V: Array) -> Array:
     Y = _class_weights(xp, H, Y)
-    E = xp.exp(H - xp.max(H, axis=1, keepdims=True))
-    P = E / xp.sum(E, axis=1, keepdims=True)
-    return xp.sum(Y, axis=1, keepdims=True) * P * (V - xp.sum(P * V, axis=-1, keepdims=True))
+    P = _softmax(xp, H)
+    return xp.sum(Y, axis=-1, keepdims=True) * P * (V - xp.sum(P * V, axis=-1, keepdims=True))
 
 
 LOSSES = {
@@ -155,7 +168,7 @@ LOSSES = {
             _squared_error_hessian_product,
             _squared_error_hessian_product,
             "real",
-            takes_logits=False,
+            link=None,
         ),
         Loss(
             "absolute_error",
@@ -163,7 +176,7 @@ LOSSES = {
             _absolute_error_hessian_product,
             _absolute_error_fisher_product,
             "real",
-            takes_logits=False,
+            link=None,
         ),
         Loss(
             "huber",
@@ -171,7 +184,7 @@ LOSSES = {
             _huber_hessian_product,
             _huber_fisher_product,
             "real",
-            takes_logits=False,
+            link=None,
         ),
         Loss(
             "poisson",
@@ -179,7 +192,7 @@ LOSSES = {
             _poisson_hessian_product,
             _poisson_hessian_product,
             "real",
-            takes_logits=True,
+            link=_exp,
         ),
         Loss(
             "binary_cross_entropy",
@@ -187,7 +200,7 @@ LOSSES = {
             _binary_cross_entropy_hessian_product,
             _binary_cross_entropy_hessian_product,
             "probability",
-            takes_logits=True,
+            link=logistic,
         ),
         Loss(
             "softmax_cross_entropy",
@@ -195,7 +208,7 @@ LOSSES = {
             _softmax_cross_entropy_hessian_product,
             _softmax_cross_entropy_hessian_product,
             "class",
-            takes_logits=True,
+            link=_softmax,
         ),
     )
 }

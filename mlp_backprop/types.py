@@ -119,13 +119,23 @@ class Net(NamedTuple):
 
     def __str__(self) -> str:
         weights: list[Any] = [W for W, _ in self.params]
+        members = ""
+        if weights and _n_axes(weights[0]) == 3:
+            members, weights = f", {len(weights[0])} members", [W[0] for W in weights]
         sizes = [len(weights[0][0]), *map(len, weights)] if weights else []
         names = [self.activation] if isinstance(self.activation, str) else self.activation
         dtype = str(getattr(weights[0], "dtype", "lists")).rpartition(".")[2] if weights else ""
         return (
             f"Net {'-'.join(map(str, sizes))}: {' '.join(names)}, {self.loss}, {dtype}, "
-            f"{n_params(sizes)} parameters"
+            f"{n_params(sizes)} parameters{members}"
         )
+
+
+def _n_axes(W: Any) -> int:
+    """Those of an array, or how deep lists lie in each other."""
+    if hasattr(W, "shape"):
+        return len(W.shape)
+    return 1 + _n_axes(W[0]) if isinstance(W, list | tuple) and W else 0
 
 
 Params: TypeAlias = Net | Pairs

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from derivation import checked
+from derivation import by_derivation, checked
 from oracles import (
     ACTIVATIONS,
     LOSSES,
@@ -15,7 +15,7 @@ from oracles import (
     naive_loss,
 )
 
-from mlp_backprop import backprop, trace
+from mlp_backprop import Layer, backprop, trace
 from mlp_backprop.activations import ACTIVATIONS as ROWS
 
 MIXED = ("tanh", "gelu_tanh", "identity")
@@ -110,6 +110,46 @@ def test_blocks_of_rows_add_up(loss, cuts):
     for block in blocks[1:]:
         summed = added(summed, block)
     assert_sums_close(summed, total)
+
+
+MEMBERS = [make_problem(activation=MIXED, seed=seed) for seed in (1, 2, 3)]
+
+
+def stacked(arrays):
+    return np.stack([np.asarray(array) for array in arrays])
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared data", "own data"])
+@pytest.mark.parametrize("loss", [*LOSSES, "labels"])
+def test_many_nets_have_the_sums_of_each_alone(loss, own, backend):
+    """One more axis in front of everything, or of the parameters alone."""
+    name = "softmax_cross_entropy" if loss == "labels" else loss
+    problems = [
+        make_problem(
+            activation=MIXED,
+            loss=name,
+            weighted=True,
+            class_rows=loss != "labels",
+            seed=seed if own else 0,
+        )._replace(params=member.params)
+        for seed, member in enumerate(MEMBERS)
+    ]
+    if own:  # weights are for all
+        problems = [p._replace(options=problems[0].options) for p in problems]
+    expected = [by_derivation(problem) for problem in problems]
+    layers = zip(*(problem.params for problem in problems), strict=True)
+    params = [Layer(*map(stacked, zip(*pairs, strict=True))) for pairs in layers]
+    X = stacked([p.X for p in problems]) if own else problems[0].X
+    y = stacked([p.y for p in problems if own or p is problems[0]])
+    problem = problems[0].map(backend.array)
+    spec, *_, weight = checked(problem)
+    arrays = [Layer(*map(backend.array, layer)) for layer in params], backend.array(X)
+    sums = backprop.loss_and_grad_sums(spec, *arrays, backend.array(y), weight)
+    got = backprop.reduced(spec, sums)
+    assert_close(backend.numpy(got.loss), stacked([one.loss for one in expected]), 1e-13)
+    for e, one in enumerate(expected):
+        grads = [(backend.numpy(W)[e], backend.numpy(b)[e]) for W, b in got.grads]
+        assert_grads_close(grads, one.grads, 1e-13)
 
 
 def test_without_weights_the_weight_of_a_row_is_one():

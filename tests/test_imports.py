@@ -55,13 +55,15 @@ IMPORTS = {
     "edge.kinds": ("backprop edge.backends types", "numpy"),
     "edge.numbers": ("edge.arguments", "numpy"),
     "edge.rules": ("activations backprop edge.arguments edge.backends losses types", ""),
+    "edge.members": ("edge.arguments edge.rules losses types", ""),
     "edge.validation": (
-        "backprop edge.arguments edge.backends edge.kinds edge.rules types",
+        "backprop edge.arguments edge.backends edge.kinds edge.members edge.rules types",
         "numpy",
     ),
     # nets
     "nets": ("types", ""),
-    "nets.initial": ("edge.arguments types", "numpy"),
+    "nets.members": ("edge.arguments edge.members edge.rules types", ""),
+    "nets.initial": ("edge.arguments nets.members types", "numpy"),
     "nets.vectors": ("edge.arguments types", ""),
     # engines
     "engines": ("", ""),
@@ -194,10 +196,11 @@ IMPORTS = {
         "maths.samples maths.tangents types",
         "numpy",
     ),
+    "engines.members": ("backprop engines.choice types", "numpy"),
     # derivatives
     "derivatives": ("", ""),
     "derivatives.gradients": (
-        "backprop edge.calls edge.kinds edge.validation engines.choice types",
+        "backprop edge.calls edge.kinds edge.validation engines.choice engines.members types",
         "",
     ),
     "derivatives.inputs": (
@@ -206,8 +209,8 @@ IMPORTS = {
         "",
     ),
     "derivatives.per_sample": (
-        "backprop edge.arguments edge.calls edge.validation engines.choice maths.row_blocks "
-        "maths.samples types",
+        "backprop edge.arguments edge.calls edge.validation engines.choice engines.members "
+        "maths.row_blocks maths.samples types",
         "",
     ),
     "derivatives.prepared": (
@@ -241,6 +244,10 @@ IMPORTS = {
     ),
     "training.pictures": ("types", "matplotlib numpy"),
     "training.schedules": ("edge.numbers types", "numpy"),
+    "training.ensembles": (
+        "backprop edge.calls edge.rules edge.validation engines.members types",
+        "",
+    ),
     # checks
     "checks": ("", ""),
     "checks.derivatives": (
@@ -261,6 +268,8 @@ IMPORTS = {
         "derivatives.per_sample derivatives.prepared derivatives.products "
         "derivatives.residuals edge.backends engines.memory nets.initial nets.vectors "
         "training.optimizers training.pictures training.schedules types",
+        "derivatives.residuals edge.backends engines.memory nets.initial nets.members "
+        "nets.vectors training.ensembles types",
         "",
     ),
     # bench

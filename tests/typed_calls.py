@@ -20,7 +20,9 @@ from mlp_backprop import (
     optimizers,
     prepare_grads,
     schedules,
+    stack_params,
     trace,
+    unstack_params,
 )
 
 
@@ -40,6 +42,9 @@ def typed_calls() -> None:
     trace(params, X, y).D.reverse()
     grad_fn: PreparedGrads = prepare_grads(params, n=4)
     hvp(params, X, y, grad_fn(params, X, y, out=result.grads).grads)
+    nets: list[list[Layer]] = unstack_params(stack_params([layers, layers]))
+    net: Net = stack_params([Net(nets[0]), Net(nets[1], "relu")])
+    net._replace(params=unstack_params(net)[0].params)
 
     # Optimizers: layers stay layers, a Net a Net.
     optimizer = optimizers.Adam(betas=(0.9, 0.99))

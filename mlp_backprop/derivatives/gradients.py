@@ -5,7 +5,7 @@ from typing import NamedTuple
 from mlp_backprop import backprop
 from mlp_backprop.edge import kinds, validation
 from mlp_backprop.edge.calls import public
-from mlp_backprop.engines import choice
+from mlp_backprop.engines import choice, members
 from mlp_backprop.types import (
     ActivationNames,
     Array,
@@ -56,14 +56,15 @@ def compute_grads(
     params : sequence of (W, b), or Net
         One pair per layer; W has shape (d_l, d_{l-1}), as in torch's nn.Linear, b has (d_l,).
         Their floating dtype is the one everything is computed in. A Net brings its activation
-        and its loss along.
+        and its loss along. Many nets in one call, E members, have one more axis in front:
+        W (E, d_l, d_{l-1}) and b (E, d_l), see `stack_params`.
     X : array (n, d_0)
         Inputs, one row per sample. Same dtype as the parameters; integers, booleans and lists
-        are converted.
+        are converted. Of many nets these are for all; (E, n, d_0) gives each its own.
     y : array
         Targets (n, d_L), of the same dtype. For "binary_cross_entropy" values in [0, 1]. For
         "softmax_cross_entropy" class indices (n,), integers, or weights per class (n, d_L),
-        not negative, which need not sum to 1.
+        not negative, which need not sum to 1. Of many nets for all, or with E in front.
     activation : str or sequence of str, optional
         "identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu" or
         "gelu_tanh". One name is for every hidden layer, before an identity output; a sequence
@@ -76,7 +77,7 @@ def compute_grads(
         "sum" over the samples, each times its weight, or that sum divided by the sum of the
         weights.
     sample_weight : array (n,), optional
-        Weights, not negative. None: all 1.
+        Weights, not negative, for all of many nets. None: all 1.
     backend : {"numpy", "cupy", "torch", "jax"}, optional
         None: the library of the arrays. A name takes NumPy arrays as well, which are copied to
         that library; the results stay there. "torch" means tensors as arrays: nothing is
@@ -91,7 +92,7 @@ def compute_grads(
 
     Returns
     -------
-    loss : scalar of the array library
+    loss : scalar of the array library, or array (E,) of many nets
         In the parameters' dtype; float32 for half precision, whose range a sum may leave.
     grads : list of Layer
         (W, b) per layer, with the shapes, dtype and library of the parameters.
@@ -111,6 +112,9 @@ def compute_grads(
     Scale: with reduction="mean" the loss equals torch's per-sample loss, summed over outputs and
     averaged over samples. torch's own reduction="mean" divides all but cross entropy over classes
     by n d_L.
+
+    Of many nets with NumPy arrays, each has the bits of its own call; other libraries compute all
+    at once, by the derivation, and agree to rounding.
 
     The gradients are equations (1) to (3) of docs/derivation.md; Rumelhart, Hinton and Williams,
     "Learning representations by back-propagating errors", Nature 323 (1986).
@@ -132,8 +136,12 @@ def compute_grads(
         own = params.params if isinstance(params, Net) else params
         return choice.repeated(known, own, X, y, sample_weight, backend)
     problem = validation.problem(
-        params, X, y, activation, loss, reduction, sample_weight, backend, precision=precision
+        *(params, X, y, activation, loss, reduction, sample_weight, backend),
+        precision=precision,
+        many=True,
     )
+    if problem.is_many:
+        return members.loss_and_grads(*problem, backend)
     run = choice.plan(problem.spec, problem.X.shape[0], backend, precision)
     return run(*problem[1:])
 
@@ -155,7 +163,7 @@ def forward(
 
     Returns
     -------
-    array (n, d_L)
+    array (n, d_L), or (E, n, d_L) of many nets
         H_L: logits under an identity output, the default.
 
     Examples
@@ -164,11 +172,8 @@ def forward(
     >>> forward([([[1.0, 2.0]], [0.5])], [[3.0, 4.0]])
     array([[11.5]])
     """
-    net = validation.network(params, X, activation, backend)
-    compiled = choice.first_order(net.spec, backend)
-    if compiled:
-        return compiled.outputs(net.spec, net.params, net.X)
-    return choice.outputs(net.spec, net.params, net.X)
+    net = validation.network(params, X, activation, backend, many=True)
+    return members.outputs(net.spec, net.params, net.X, backend)
 
 
 @public

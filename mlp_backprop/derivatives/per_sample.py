@@ -8,11 +8,11 @@ from numbers import Real
 from typing import Unpack
 
 from mlp_backprop import backprop
-from mlp_backprop.backprop import Sums
+from mlp_backprop.backprop import Spec, Sums
 from mlp_backprop.edge import validation
 from mlp_backprop.edge.arguments import type_name
 from mlp_backprop.edge.calls import public
-from mlp_backprop.engines import choice
+from mlp_backprop.engines import choice, members
 from mlp_backprop.maths import samples
 from mlp_backprop.maths.row_blocks import added_blocks, concatenated
 from mlp_backprop.maths.samples import Factors
@@ -20,6 +20,7 @@ from mlp_backprop.types import (
     Array,
     ArrayLike,
     Layer,
+    Layers,
     LossAndGrads,
     LossOptions,
     Params,
@@ -100,7 +101,7 @@ def per_sample_grad_norms(
 
     Returns
     -------
-    array (n,), or (n, L) with per_layer
+    array (n,), or (n, L) with per_layer; with E in front of many nets
         In the parameters' dtype; float32 for half precision, whose range a norm may leave.
 
     Notes
@@ -121,18 +122,29 @@ def per_sample_grad_norms(
     >>> per_sample_grad_norms([([[2.0]], [1.0])], X=[[3.0], [1.0]], y=[[5.0], [4.0]]) ** 2
     array([160.,   8.])
     """
-    spec, layers, X, y, weight = validation.problem(params, X, y, reduction="sum", **options)
+    spec, layers, X, y, weight = validation.problem(
+        params, X, y, reduction="sum", **options, many=True
+    )
     compiled = choice.first_order(spec, options.get("backend"))
-    if compiled:
-        return compiled.norms(spec, layers, X, y, weight, per_layer)
+    norms = compiled.norms if compiled else _norms
+
+    def norms_of(params: Layers, X: Array, y: Array) -> Array:
+        return norms(spec, params, X, y, weight, per_layer)
+
+    return members.each(spec, layers, X, y, norms_of)
+
+
+def _norms(
+    spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None, per_layer: bool
+) -> Array:
     xp, norms = spec.xp, []
 
     def measure(loss: Array | float, factors: Iterable[Factors]) -> None:
         squares = samples.squared_norms(spec, factors)[::-1]
-        norms.append(xp.sqrt(xp.stack(squares, axis=1) if per_layer else sum(squares)))
+        norms.append(xp.sqrt(xp.stack(squares, axis=-1) if per_layer else sum(squares)))
 
-    choice.for_each_sweep(spec, layers, X, y, weight, measure)
-    return concatenated(xp, norms)
+    choice.for_each_sweep(spec, params, X, y, weight, measure)
+    return concatenated(xp, norms, axis=len(params[0].b.shape) - 1)
 
 
 @public

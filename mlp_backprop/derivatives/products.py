@@ -35,7 +35,7 @@ def _no_curvature(xp: Namespace, H: Array, U: Array, V: Array) -> Array:
 
 # <u, H_L> as a loss: its gradient is Jᵀ u.
 INNER_PRODUCT = Loss(
-    "inner_product", _inner_product, _no_curvature, _no_curvature, "real", takes_logits=False
+    "inner_product", _inner_product, _no_curvature, _no_curvature, "real", link=None
 )
 
 

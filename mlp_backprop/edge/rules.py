@@ -158,15 +158,18 @@ def shape_of(argument: Argument) -> str:
     return str(tuple(argument.array.shape))
 
 
-def check_target_values(y: Argument | None, loss: Loss, width: int) -> None:
+def check_target_values(
+    y: Argument | None, loss: Loss, width: int, labels: bool | None = None
+) -> None:
     """Class indices below the width, class weights and probabilities in range; nan passes."""
     if y is None:
         return
-    if loss.targets == "class" and y.array.ndim == 1 and y.array.shape[0]:
+    labels = y.array.ndim == 1 if labels is None else labels
+    if loss.targets == "class" and labels and y.array.shape[-1]:
         # A narrow integer type may not be able to hold the width it is compared with.
         limit = min(width - 1, y.xp.iinfo(y.array.dtype).max)
         _refuse(y, (y.array < 0) | (y.array > limit), f"class indices from 0 to {width - 1}")
-    if loss.targets == "class" and y.array.ndim == 2:
+    if loss.targets == "class" and not labels:
         _refuse(y, y.array < 0, "weights per class that are not negative")
     if loss.targets == "probability":
         _refuse(y, (y.array < 0) | (y.array > 1), "probabilities from 0 to 1")
@@ -199,7 +202,9 @@ def check_values(spec: Spec, y: Array | None, weight: Array | None) -> None:
         check_weight_values(Argument("sample_weight", weight, spec.xp), spec.reduction)
 
 
-def check_precision(precision: object, home: Location, dtype: str) -> None:
+def check_precision(
+    precision: object, home: Location, dtype: str, n_members: int | None = None
+) -> None:
     """A name of PRECISIONS; any but the default is for float32 on backend "cupy" alone."""
     if precision == "float32":
         return
@@ -215,6 +220,11 @@ def check_precision(precision: object, home: Location, dtype: str) -> None:
         raise ValueError(
             f"precision={precision!r} is for float32 arrays under backend 'cupy'; these are "
             f"{library} arrays of {dtype}, computed in {dtype}: leave precision out"
+        )
+    if n_members is not None and precision != "float32_exact":
+        raise ValueError(
+            f"precision={precision!r} is for one net; {n_members} in one call are computed in "
+            "float32: leave precision out"
         )
 
 

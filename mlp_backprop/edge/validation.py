@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlp_backprop.backprop import Spec
-from mlp_backprop.edge import backends, kinds
+from mlp_backprop.edge import backends, kinds, members
 from mlp_backprop.edge.arguments import (
     Argument,
     Location,
@@ -29,7 +29,6 @@ from mlp_backprop.edge.rules import (
     check_inputs,
     check_layer_shapes,
     check_precision,
-    check_target_shape,
     check_target_values,
     check_values,
     check_weight_shape,
@@ -41,7 +40,10 @@ from mlp_backprop.types import Array, Layer, Net, Params, flat
 
 
 class Problem(NamedTuple):
-    """All arguments of a function, checked and placed; y and weight only where it takes them."""
+    """All arguments of a function, checked and placed; y and weight only where it takes them.
+
+    Of many nets, params have one more axis in front, and so has y: of length 1 if it is for all.
+    """
 
     spec: Spec
     params: list[Layer]
@@ -54,6 +56,11 @@ class Problem(NamedTuple):
         """Where all of them are."""
         return Location(self.spec.xp, backends.device_of(self.spec.xp, self.X))
 
+    @property
+    def is_many(self) -> bool:
+        """Whether params are those of many nets."""
+        return bool(self.params[0].W.ndim == 3)
+
 
 def network(
     params: Params,
@@ -64,11 +71,11 @@ def network(
     reduction: Any = "sum",
     sample_weight: Array | None = None,
     name: str = "X",
+    many: bool = False,
 ) -> Problem:
     """Check the arguments of a function that has no targets, and so no loss."""
-    return problem(
-        params, X, ABSENT, activation, ABSENT, reduction, sample_weight, backend, name=name
-    )
+    names = activation, ABSENT, reduction, sample_weight, backend
+    return problem(params, X, ABSENT, *names, name=name, many=many)
 
 
 def problem(
@@ -84,8 +91,12 @@ def problem(
     precision: Any = "float32",
     look_at_values: bool = True,
     name: str = "X",
+    many: bool = False,
 ) -> Problem:
-    """Check the arguments of a gradient; looking at values on a device waits for it."""
+    """Check the arguments of a gradient; looking at values on a device waits for it.
+
+    With `many`, the parameters may be those of many nets; such a call is never known again.
+    """
     names = activation, loss, reduction, backend, precision
     targets = None if y is ABSENT else y
     key = kinds.of_call(params, X, targets, sample_weight, *names)
@@ -94,8 +105,8 @@ def problem(
         if look_at_values and (known.looks_at_y or sample_weight is not None):
             check_values(known.spec, targets, sample_weight)
         return Problem(known.spec, _as_layers(params), X, targets, sample_weight)
-    checked = _checked(params, X, y, sample_weight, *names, look_at_values, name)
-    if key is not None:
+    checked = _checked(params, X, y, sample_weight, *names, look_at_values, name, many)
+    if key is not None and not checked.is_many:
         given = [*flat(_as_layers(params)), X, targets, sample_weight]
         if all(map(is_, given, [*flat(checked.params), *checked[2:]])):  # nothing was converted
             kinds.seen.add(key, checked.spec)
@@ -120,6 +131,7 @@ def _checked(
     precision: Any,
     look_at_values: bool,
     name: str,
+    many: bool,
 ) -> Problem:
     """The same, whatever the arguments are."""
     layers = _borrowed_layers(read_params(params), backend)
@@ -131,23 +143,25 @@ def _checked(
         weight = borrowed(read("sample_weight", weight), backend)
     data = [argument for argument in (inputs, targets, weight) if argument is not None]
     home = common_home([*flat(layers), *data], backend)
-    sizes = check_layer_shapes(layers)
-    n = check_inputs(inputs, sizes[0])
-    labels = targets is not None and check_target_shape(targets, loss_row, n, sizes[-1])
+    E = members.count(layers, many)
+    sizes = check_layer_shapes(members.first(layers, E))
+    n = members.check_inputs(inputs, E, sizes[0])
+    labels = targets is not None and members.check_targets(targets, loss_row, E, n, sizes[-1])
     dtype = common_dtype(layers, home)
     check_same_dtype([a for a in data if not (labels and a is targets)], dtype, layers)
-    check_precision(precision, home, dtype)
+    check_precision(precision, home, dtype, E)
     check_weight_shape(weight, n, reduction)
     if look_at_values:
-        check_target_values(targets, loss_row, sizes[-1])
+        check_target_values(targets, loss_row, sizes[-1], labels)
         check_weight_values(weight, reduction)
 
     placed = home.place_params(layers, dtype)
+    y = None if targets is None else home.place(targets, None if labels else dtype)
     return Problem(
         spec=Spec(home.xp, sizes, placed[0].W.dtype, rows, loss_row, reduction),
         params=placed,
         X=home.place(inputs, dtype),
-        y=None if targets is None else home.place(targets, None if labels else dtype),
+        y=y if y is None or E is None else members.in_front(y, labels),
         weight=None if weight is None else home.place(weight, dtype),
     )
 
@@ -165,7 +179,7 @@ def specification(
     layers = _borrowed_layers(read_params(params), backend)
     rows, loss_row = table_rows(params, len(layers), activation, loss, reduction)
     home = common_home(flat(layers), backend)
-    sizes = check_layer_shapes(layers)
+    sizes = check_layer_shapes(members.first(layers, members.count(layers, many=False)))
     dtype = common_dtype(layers, home)
     check_precision(precision, home, dtype)
     placed = home.place_params(layers, dtype)

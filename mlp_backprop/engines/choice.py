@@ -161,7 +161,7 @@ def derivation(
 ) -> LossAndGrads:
     """The derivation as a run: of every library that has no faster one."""
     params = [Layer(W, b) for W, b in params]
-    with undisturbed(spec, X.shape[0]):
+    with undisturbed(spec, X.shape[-2]):
         sums = backprop.loss_and_grad_sums(spec, params, X, y, weight)
     return backprop.reduced(spec, sums, out)
 
@@ -225,8 +225,11 @@ def _all_of(spec: Spec, parts: list[Callable[[], Part]], rows: float) -> list[Pa
     return [results[i] for i in range(len(parts))]
 
 
-def outputs(spec: Spec, params: list[Layer], X: Array) -> Array:
+def outputs(spec: Spec, params: list[Layer], X: Array, backend: str | None) -> Array:
     """H_L of all rows."""
+    compiled = first_order(spec, backend)
+    if compiled:
+        return compiled.outputs(spec, params, X)
 
     def of_block(rows: slice) -> Array:
         return backprop.forward(spec, params, X[rows, ...])[1][-1]
@@ -253,7 +256,7 @@ def for_each_sweep(
     """Call use(loss, factors) for one block of rows after the other.
 
     The factors, D_l and H_{l-1} from the last layer to the first, lie in memory that the next
-    block may use again.
+    block may use again. Of many nets, which are not NumPy's, they have one more axis in front.
     """
     if is_for_numpy(spec):
         n = X.shape[0]
@@ -264,9 +267,12 @@ def for_each_sweep(
             _kept.put((spec, n), run)
         return
     row_numbers = spec.sizes[0] + 3 * sum(spec.sizes[1:])  # Z_l, H_l and D_l
-    with undisturbed(spec, X.shape[0]):
-        for rows in row_blocks(spec.xp, X, row_numbers):
-            use(*samples.sweep(spec, params, X[rows, ...], y[rows, ...], rows_of(weight, rows)))
+    members = tuple(params[0].b.shape[:-1])
+    all_members = (slice(None),) * len(members)
+    with undisturbed(spec, X.shape[-2]):
+        for rows in row_blocks(spec.xp, X, row_numbers * math.prod(members)):
+            block = X[..., rows, :], y[(*all_members, rows, ...)], rows_of(weight, rows)
+            use(*samples.sweep(spec, params, *block))
 
 
 def jacobian_product(spec: Spec, params: Layers, v: Layers, X: Array, backend: str | None) -> Array:

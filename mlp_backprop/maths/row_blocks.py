@@ -17,7 +17,7 @@ BLOCK_BYTES = 4 << 20
 
 def row_blocks(xp: Namespace, X: Array, row_numbers: int) -> Iterator[slice]:
     """Slices of the rows of X, one even for none, for a pass that keeps so many numbers of each."""
-    n, row_bytes = X.shape[0], row_numbers * xp.finfo(X.dtype).bits // 8
+    n, row_bytes = X.shape[-2], row_numbers * xp.finfo(X.dtype).bits // 8
     step = max(1, int(BLOCK_BYTES // row_bytes))
     for start in range(0, max(1, n), step):
         yield slice(start, min(n, start + step))
@@ -28,9 +28,9 @@ def rows_of(array: Array | None, rows: slice) -> Array | None:
     return None if array is None else array[rows, ...]
 
 
-def concatenated(xp: Namespace, blocks: list[Array]) -> Array:
+def concatenated(xp: Namespace, blocks: list[Array], axis: int = 0) -> Array:
     """The entries of all blocks, in their order."""
-    return blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=0)
+    return blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=axis)
 
 
 def added_layers(layers: Layers, more: Layers) -> Layers:

@@ -15,6 +15,7 @@ from mlp_backprop.edge.arguments import (
     table_row,
     type_name,
 )
+from mlp_backprop.nets.members import stacked
 from mlp_backprop.types import Array, BackendName, Layer
 
 Scheme = Callable[[np.random.Generator, int, int], tuple[Array, Array]]
@@ -44,8 +45,9 @@ def init_params(
     scheme: str = "linear",
     dtype: str = "float64",
     backend: BackendName = "numpy",
+    members: int | None = None,
 ) -> list[Layer]:
-    """Draw initial weights and biases.
+    """Draw initial weights and biases, of one net or of many.
 
     Parameters
     ----------
@@ -64,16 +66,19 @@ def init_params(
         gives the same net in every dtype.
     backend : str
         The library of the arrays.
+    members : int, optional
+        E, for E nets in one list. One after the other is drawn from the same generator, so the
+        e-th is that of the e-th call with a generator.
 
     Returns
     -------
     list of Layer
-        (W, b) per layer, shapes (d_l, d_{l-1}) and (d_l,).
+        (W, b) per layer, shapes (d_l, d_{l-1}) and (d_l,); with members, E in front of both.
 
     Raises
     ------
     ValueError, TypeError
-        Fewer than two sizes, sizes below 1 or not integers, unknown names.
+        Fewer than two sizes, sizes or members below 1 or not integers, unknown names.
     ImportError
         A backend that is not installed.
 
@@ -82,13 +87,20 @@ def init_params(
     >>> from mlp_backprop import init_params
     >>> [W.shape for W, b in init_params([2, 10, 5, 1], rng=0)]
     [(10, 2), (5, 10), (1, 5)]
+    >>> [W.shape for W, b in init_params([2, 10, 5, 1], rng=0, members=100)]
+    [(100, 10, 2), (100, 5, 10), (100, 1, 5)]
     """
     draw = table_row("scheme", scheme, SCHEMES)
     widths = _checked_sizes(sizes)
     home = named_home(backend)
     name = check_dtype_of(home, dtype)
+    n_members = 1 if members is None else _checked_count("members", members)
     drawing = generator(rng)
-    drawn = [draw(drawing, n_out, n_in) for n_in, n_out in pairwise(widths)]
+    nets = [
+        [Layer(*draw(drawing, n_out, n_in)) for n_in, n_out in pairwise(widths)]
+        for _ in range(n_members)
+    ]
+    drawn = nets[0] if members is None else stacked(np, nets)
     return home.place_params(read_params(drawn), name)
 
 
@@ -97,9 +109,12 @@ def _checked_sizes(sizes: Sequence[int]) -> list[int]:
         raise TypeError(f"sizes must be a sequence of widths, got {type_name(sizes)}")
     if len(sizes) < 2:
         raise ValueError(f"sizes needs inputs and outputs at least, got {list(sizes)}")
-    for l, width in enumerate(sizes):
-        if isinstance(width, bool) or not isinstance(width, int | np.integer):
-            raise TypeError(f"sizes[{l}] must be an integer, got {width!r}")
-        if width < 1:
-            raise ValueError(f"sizes[{l}] must be 1 or more, got {width}")
-    return [int(width) for width in sizes]
+    return [_checked_count(f"sizes[{l}]", width) for l, width in enumerate(sizes)]
+
+
+def _checked_count(name: str, number: object) -> int:
+    if isinstance(number, bool) or not isinstance(number, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {number!r}")
+    if number < 1:
+        raise ValueError(f"{name} must be 1 or more, got {number}")
+    return int(number)
