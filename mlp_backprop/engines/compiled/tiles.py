@@ -8,7 +8,12 @@ import numpy as np
 
 from mlp_backprop.engines.compiled.formulas import compiled
 from mlp_backprop.engines.compiled.layout import whole_vectors
-from mlp_backprop.engines.compiled.products import COLUMN, NOTHING, transpose
+from mlp_backprop.engines.compiled.products import (
+    COLUMN,
+    NOTHING,
+    gather_square,
+    transpose,
+)
 from mlp_backprop.engines.compiled.rows import dot, fill, multiply, multiply_by_row, row_sum
 from mlp_backprop.engines.compiled.vectors import VECTOR_BYTES, call, lanes, pointer, shifted
 
@@ -50,6 +55,34 @@ def load_labels(A, stride, m, labels, step, n, n_classes):
         else:
             known = False
     return known
+
+
+@compiled
+def gather(A, stride, m, address, row_bytes, column_bytes, rows, n, n_columns):
+    """As `load`, of the rows of these numbers."""
+    number = VECTOR_BYTES // lanes(A)
+    squares, columns = 0, 0
+    if column_bytes == number and row_bytes % number == 0:
+        squares, columns = n - n % lanes(A), n_columns - n_columns % lanes(A)
+        X, row = pointer(A, address), row_bytes // number
+        for t in range(0, squares, lanes(A)):
+            for j in range(0, columns, lanes(A)):
+                gather_square(shifted(A, j * stride + t), stride, shifted(X, j), row, shifted(rows, t))
+    for j in range(n_columns):
+        for t in range(squares if j < columns else 0, n):
+            A[j * stride + t] = pointer(A, address + rows[t] * row_bytes + j * column_bytes)[0]
+        for t in range(n, m):
+            A[j * stride + t] = 0
+
+
+@compiled
+def gather_labels(A, stride, m, labels, step, rows, n, n_classes):
+    """A 1 in the row of a sample's class, if there is such a row."""
+    fill(A, type(A[0])(0), n_classes, stride, m)
+    for t in range(n):
+        k = labels[rows[t] * step]
+        if 0 <= k < n_classes:
+            A[k * stride + t] = 1
 
 
 # To arrays for the caller ------------------------------------------------------------------------
