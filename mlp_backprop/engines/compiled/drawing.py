@@ -70,7 +70,8 @@ class Orders:
     def draw_ahead(self, members: Array, over: threading.Event) -> None:
         """Fill the rings, in rounds, until it is over."""
         while not over.is_set():
-            if not any([self.draw(int(e)) for e in members if not over.is_set()]):
+            drawn = [self.draw(int(e)) for e in members if not over.is_set()]
+            if not any(drawn):
                 over.wait(PAUSE)
 
 

@@ -54,7 +54,7 @@ def decay(p, g, factor, n):
 
 
 def _sgd(sources: int) -> Callable[..., None]:
-    def sgd(p, g, s, u, scale, options, rate, t, n):  # type: ignore[no-untyped-def]
+    def sgd(p, g, s, u, scale, options, rate, t, n):
         _ = sources
         momentum = type(p[0])(numbers(options, 0))
         decay(p, g, numbers(options, 2), n)
@@ -88,7 +88,7 @@ def adam_step(p, g, s, u, scale, options, rate, t, n):
 
 
 def _adam(sources: int) -> Callable[..., None]:
-    def adam(p, g, s, u, scale, options, rate, t, n):  # type: ignore[no-untyped-def]
+    def adam(p, g, s, u, scale, options, rate, t, n):
         _ = sources
         decay(p, g, numbers(options, 3), n)
         adam_step(p, g, s, u, scale, options, numbers(rate, 0), t, n)
@@ -97,7 +97,7 @@ def _adam(sources: int) -> Callable[..., None]:
 
 
 def _adamw(sources: int) -> Callable[..., None]:
-    def adamw(p, g, s, u, scale, options, rate, t, n):  # type: ignore[no-untyped-def]
+    def adamw(p, g, s, u, scale, options, rate, t, n):
         _ = sources
         one = type(p[0])(1)
         factor = type(p[0])(numbers(rate, 0) * numbers(options, 3))
@@ -109,7 +109,7 @@ def _adamw(sources: int) -> Callable[..., None]:
 
 
 def _rmsprop(sources: int) -> Callable[..., None]:
-    def rmsprop(p, g, s, u, scale, options, rate, t, n):  # type: ignore[no-untyped-def]
+    def rmsprop(p, g, s, u, scale, options, rate, t, n):
         _ = sources
         real, alpha = type(p[0]), numbers(options, 0)
         keep, share, eps = real(alpha), real(1 - alpha), real(numbers(options, 1))
@@ -129,7 +129,7 @@ def _rmsprop(sources: int) -> Callable[..., None]:
 
 
 def _adagrad(sources: int) -> Callable[..., None]:
-    def adagrad(p, g, s, u, scale, options, rate, t, n):  # type: ignore[no-untyped-def]
+    def adagrad(p, g, s, u, scale, options, rate, t, n):
         _ = sources
         eps = type(p[0])(numbers(options, 0))
         decay(p, g, numbers(options, 1), n)
@@ -143,7 +143,7 @@ def _adagrad(sources: int) -> Callable[..., None]:
 
 
 def _rprop(sources: int) -> Callable[..., None]:
-    def rprop(p, g, s, u, scale, options, rate, t, n):  # type: ignore[no-untyped-def]
+    def rprop(p, g, s, u, scale, options, rate, t, n):
         _ = sources
         real = type(p[0])
         smaller, larger = real(numbers(options, 0)), real(numbers(options, 1))

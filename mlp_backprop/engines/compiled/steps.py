@@ -13,6 +13,7 @@ validation, FRAME the work under way, of the thread that leads it.
 
 from collections.abc import Callable
 from math import inf, isfinite, sqrt
+from typing import Any
 
 import numpy as np
 from numba import carray, njit, types
@@ -26,11 +27,10 @@ from mlp_backprop.engines.compiled.rows import at, copy, fill, multiply_by_row, 
 from mlp_backprop.engines.compiled.tiles import (
     ONE,
     ZERO,
-    deltas,
+    backward,
     forward,
     gather,
     gather_labels,
-    grads_below,
     output_grads,
     weight_grads,
 )
@@ -48,7 +48,7 @@ CHUNK, REDUCE, UPDATE, JUDGE = range(4)
 EMA, SWA = 1, 2
 
 
-def _fields(integers: str, floats: str = "") -> "np.dtype[np.void]":
+def _fields(integers: str, floats: str = "") -> Any:
     names = [(name, np.int64) for name in integers.split()]
     return np.dtype([*names, *((name, np.float64) for name in floats.split())])
 
@@ -59,7 +59,7 @@ STATE = (
 )
 RUN = _fields(
     # What every pass is told; records of the members, and of their rows
-    "job members data validation n_members n_params n_layers "
+    "address part job members data validation n_members n_params n_layers "
     # Of the task
     "epochs batch_size patience kind_of_average first_averaged "
     # The optimizer: address of its part, its options, factors of the rate
@@ -70,9 +70,8 @@ RUN = _fields(
     "frames sums sums_bytes grads grads_bytes words "
     # The slice: the members that are open, in turn; when it began and ends, in nanoseconds; how
     # long each may have; after how many steps the clock is looked at
-    "open n_open started until quota clock_steps "
+    "open n_open started until quota clock_steps " + STATE,
     # Arrays of the state
-    + STATE,
     # No limit is inf
     "max_grad_norm max_sample_norm elapsed",
 )
@@ -86,7 +85,9 @@ MEMBER = _fields(
     "mean_weight",
 )
 DATA = _fields("n X X_row X_column y y_row y_column labels label_step weight weight_step rows")
-FRAME = _fields("member kind rows n chunk_rows n_chunks layers sums g rate t", "factor clip")
+FRAME = _fields(
+    "address worker member kind rows n chunk_rows n_chunks layers sums g rate t", "factor clip"
+)
 
 run_at, member_at, data_at, frame_at = map(reader, (RUN, MEMBER, DATA, FRAME))
 RUN_BYTES, MEMBER_BYTES, DATA_BYTES, FRAME_BYTES = (
@@ -94,8 +95,9 @@ RUN_BYTES, MEMBER_BYTES, DATA_BYTES, FRAME_BYTES = (
 )
 MOST_RANGES = 8
 WORDS = 128  # bytes of a worker's, for the clock
-EPOCH, N_DRAWN = (8 * MEMBER.names.index(name) for name in ("epoch", "n_drawn"))
+EPOCH, N_DRAWN = (int(MEMBER.fields[name][1]) for name in ("epoch", "n_drawn"))
 
+PART = types.void(*[types.int64] * 4)
 LEADING, PUBLISH = types.void(*[types.int64] * 3), types.void(*[types.int64] * 2)
 
 # As rows.summing, and into float64 from anything.
@@ -140,25 +142,35 @@ def load_rows(job, data, layers, A, stride, rows, n, m):
 # Parts -------------------------------------------------------------------------------------------
 
 
-@compiled
-def do_part(run, frame, A, part):
-    if frame.kind == CHUNK:
-        add_rows(run, frame, A, part)
-    elif frame.kind == REDUCE:
-        reduce(run, frame, A, part)
-    elif frame.kind == UPDATE:
-        update(run, frame, A, part)
-    else:
-        judge_rows(run, frame, A, part)
+def part_pass(sources: int, real: DType) -> Callable[[int, int, int, int], None]:
+    """A part of the work that a frame tells of."""
+
+    def part_pass(run_address, frame_address, part, worker):
+        _ = sources
+        run, frame = run_at(run_address), frame_at(frame_address)
+        job = job_at(run.job)
+        A = pointer(real, job.workspaces + worker * job.workspace_bytes)
+        if frame.kind == REDUCE:
+            reduce(run, frame, A, part)
+        elif frame.kind == UPDATE:
+            update(run, frame, A, part)
+        else:
+            add_rows(run, frame, A, part)
+
+    return part_pass
 
 
 @compiled
 def add_rows(run, frame, A, part):
-    """The sums of a chunk of the batch: as the parameters lie, then of losses and weights."""
-    job, data = job_at(run.job), data_at(run.data + frame.member * DATA_BYTES)
-    layers = layers_at(run, frame.layers)
-    sums = shifted(floats(frame.sums), part * job.n_sums)
-    fill(sums, 0.0, ONE, job.n_sums, job.n_sums)
+    """The sums of a chunk: of the gradients, as the parameters lie, then of losses and weights.
+
+    Of validation rows of the last two alone.
+    """
+    job, is_batch = job_at(run.job), frame.kind == CHUNK
+    tables, n_sums = (run.data, job.n_sums) if is_batch else (run.validation, 2)
+    data, layers = data_at(tables + frame.member * DATA_BYTES), layers_at(run, frame.layers)
+    sums = shifted(floats(frame.sums), part * n_sums)
+    fill(sums, 0.0, ONE, n_sums, n_sums)
     begin = part * frame.chunk_rows
     end = min(begin + frame.chunk_rows, frame.n)
     for start in range(begin, end, job.tile_rows):
@@ -167,17 +179,12 @@ def add_rows(run, frame, A, part):
         stride = stride_for(m, lanes(A))
         load_rows(job, data, layers, A, stride, shifted(integers(frame.rows), start), n, m)
         forward(job, layers, A, stride, m)
-        sums[job.n_sums - 2] += output_grads(job, layers, A, stride, m)
-        sums[job.n_sums - 1] += row_sum(shifted(A, job.weights * stride), m)
-        is_clipped = run.max_sample_norm < inf
-        for l in range(len(layers) - 1, -1, -1):
-            deltas(job, layers[l], A, stride, n, m)
-            if not is_clipped:
-                weight_grads(job, layers[l], A, stride, n, m, sums)
-            if l > 0:
-                grads_below(job, layers[l], A, stride, m)
-        if is_clipped:
-            clip_samples(run, job, layers, A, stride, m)
+        sums[n_sums - 2] += output_grads(job, layers, A, stride, m)
+        sums[n_sums - 1] += row_sum(shifted(A, job.weights * stride), m)
+        if is_batch:
+            backward(job, layers, A, stride, n, m)
+            if run.max_sample_norm < inf:
+                clip_samples(run, job, layers, A, stride, m)
             for l in range(len(layers)):
                 weight_grads(job, layers[l], A, stride, n, m, sums)
 
@@ -232,8 +239,7 @@ def divided(g, sums, factor, n):
 def update(run, frame, A, part):
     """The step of the optimizer, and of the average of all steps."""
     begin, end = range_of(run, part)
-    n, number = end - begin, VECTOR_BYTES // lanes(A)
-    first = frame.member * run.n_params + begin
+    n, first = end - begin, frame.member * run.n_params + begin
     p, g = shifted(pointer(A, run.vector), first), shifted(pointer(A, frame.g), begin)
     if frame.clip < 1:
         clip = type(A[0])(frame.clip)
@@ -255,26 +261,6 @@ def towards(average, p, share, n):
         average[i] += share * (p[i] - average[i])
 
 
-@compiled
-def judge_rows(run, frame, A, part):
-    """Sums of losses and of weights over a chunk of the validation rows."""
-    job, data = job_at(run.job), data_at(run.validation + frame.member * DATA_BYTES)
-    layers = layers_at(run, frame.layers)
-    begin = part * frame.chunk_rows
-    end = min(begin + frame.chunk_rows, frame.n)
-    loss, weight = 0.0, 0.0
-    for start in range(begin, end, job.tile_rows):
-        n = min(job.tile_rows, end - start)
-        m = whole_vectors(n, lanes(A))
-        stride = stride_for(m, lanes(A))
-        load_rows(job, data, layers, A, stride, shifted(integers(frame.rows), start), n, m)
-        forward(job, layers, A, stride, m)
-        loss += output_grads(job, layers, A, stride, m)
-        weight += row_sum(shifted(A, job.weights * stride), m)
-    sums = floats(frame.sums)
-    sums[2 * part], sums[2 * part + 1] = loss, weight
-
-
 # A step ------------------------------------------------------------------------------------------
 
 
@@ -283,7 +269,7 @@ def share(run, frame, A, kind, n_parts):
     """All parts of a kind."""
     frame.kind = kind
     for part in range(n_parts):
-        do_part(run, frame, A, part)
+        call(run.part, (run.address, frame.address, part, frame.worker))
 
 
 @compiled
@@ -385,13 +371,15 @@ def take_steps(run, A, e, worker, until):
     """Of a member, until then or as far as it may go."""
     member = member_at(run.members + e * MEMBER_BYTES)
     frame = frame_at(run.frames + worker * FRAME_BYTES)
-    frame.member = e
+    frame.address, frame.worker, frame.member = run.frames + worker * FRAME_BYTES, worker, e
     frame.sums = run.sums + worker * run.sums_bytes
     frame.g = run.grads + worker * run.grads_bytes
     words = run.words + worker * WORDS
     status, step, looks = integers(run.status), integers(run.step)[e], 0
     if step > 0 and step % member.steps_per_epoch == 0 and floats(run.weight_sum)[e] > 0:
         end_epoch(run, member, frame, A, e, step // member.steps_per_epoch, words)
+    if status[e] == RUNNING and step >= run.epochs * member.steps_per_epoch:
+        status[e] = FINISHED
     while status[e] == RUNNING and step < member.goal:
         epoch = step // member.steps_per_epoch
         k = step - epoch * member.steps_per_epoch

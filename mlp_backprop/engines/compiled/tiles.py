@@ -67,7 +67,8 @@ def gather(A, stride, m, address, row_bytes, column_bytes, rows, n, n_columns):
         X, row = pointer(A, address), row_bytes // number
         for t in range(0, squares, lanes(A)):
             for j in range(0, columns, lanes(A)):
-                gather_square(shifted(A, j * stride + t), stride, shifted(X, j), row, shifted(rows, t))
+                C = shifted(A, j * stride + t)
+                gather_square(C, stride, shifted(X, j), row, shifted(rows, t))
     for j in range(n_columns):
         for t in range(squares if j < columns else 0, n):
             A[j * stride + t] = pointer(A, address + rows[t] * row_bytes + j * column_bytes)[0]

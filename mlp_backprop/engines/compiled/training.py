@@ -5,8 +5,8 @@ two steps. It is told everything by the records of steps.py, which are written o
 """
 
 import threading
-from itertools import pairwise
-from math import inf
+from functools import partial
+from math import ceil, inf
 from time import monotonic_ns, perf_counter
 from typing import Any
 
@@ -47,7 +47,8 @@ class Runner:
 
     def __init__(self, task: Task, state: State) -> None:
         self.task, self.state = task, state
-        self.dtype, self.kept = np.dtype(task.spec.dtype), []  # arrays that records point to
+        self.dtype = np.dtype(task.spec.dtype)
+        self.kept: list[Array] = []  # what records point to
         self.run, self.members = np.zeros(1, steps.RUN), np.zeros(task.n_members, steps.MEMBER)
         self.per_epoch = np.array([task.steps_per_epoch(e) for e in range(task.n_members)])
         self.total = task.epochs * self.per_epoch
@@ -75,11 +76,14 @@ class Runner:
             counts = ("step", "best_epoch", "n_averaged", "status")
             vectors = ("vector", "slots", "best", "average")
             dtype = np.int64 if name in counts else self.dtype if name in vectors else np.float64
-            assert A.dtype == dtype and A.flags.c_contiguous and A.flags.writeable, name
+            assert A.dtype == dtype, name  # else steps would write to other memory
+            assert A.flags.carray, name
             self.run[name] = self._address(A)
 
     def _tell_task(self) -> None:
         task, run, n = self.task, self.run, n_params(self.task.spec.sizes)
+        run["address"] = run.ctypes.data
+        run["part"] = parts.work(steps.part_pass, steps.PART, self.dtype)
         run["n_members"], run["n_params"] = task.n_members, n
         run["n_layers"] = len(task.spec.activations)
         run["epochs"], run["batch_size"] = task.epochs, task.batch_size
@@ -95,7 +99,7 @@ class Runner:
         scale = 1.0 if task.scale is None else task.scale
         run["scale"] = self._address(np.ascontiguousarray(np.broadcast_to(scale, n), self.dtype))
         run["n_ranges"] = n_ranges = max(1, min(steps.MOST_RANGES, n // RANGE))
-        run["range_size"] = -(-(-(-n // n_ranges)) // 16) * 16
+        run["range_size"] = ceil(n / n_ranges / 16) * 16
 
     def _tell_members(self) -> None:
         task, members = self.task, self.members
@@ -105,10 +109,11 @@ class Runner:
         row_of_rates = rates.strides[0] if rates.ndim == 2 else 0
         members["rates"] = self._address(rates) + row_of_rates * np.arange(task.n_members)
         weights = np.ones(1) if task.weight is None else task.weight
-        means = np.mean(weights, axis=-1, dtype=np.float64)
-        if task.weight is not None and task.rows is not None:
-            means = [np.mean(w[r], dtype=np.float64) for w, r in self._own_rows(weights)]
-        members["mean_weight"] = means
+        mean = partial(np.mean, axis=-1, dtype=np.float64)
+        if task.weight is None or task.rows is None:
+            members["mean_weight"] = mean(weights)
+        else:
+            members["mean_weight"] = [mean(w[rows]) for w, rows in self._own_rows(weights)]
         self.run["data"] = self._tell_data(task.X, task.y, task.weight)
         if task.validation is not None:
             self.run["validation"] = self._tell_data(*task.validation, task.validation_rows, True)
