@@ -347,6 +347,7 @@ ONLY_IN = {
         "engines.compiled.products",
         "engines.compiled.rows",
         "engines.compiled.second_order",
+        "engines.compiled.steps",
         "engines.compiled.team",
         "engines.compiled.vectors",
     },

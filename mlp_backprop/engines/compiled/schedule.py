@@ -33,16 +33,20 @@ def chunks(n: int, tile_rows: int, operations_of_row: float, n_sums: int = 0) ->
     return math.ceil(n / rows), rows
 
 
-# In training, threads stay together from step to step, and a chunk need not pay for waking them: of
-# a batch, chunks are worth 5 to 10 us.
-BATCH_CHUNK_OPERATIONS = 250_000
-FEWEST_ROWS = 16  # whole vectors, two of them in float32
+# In training, threads stay together from step to step, and a chunk need not pay for waking them. Of
+# fewer rows, sums that are kept per chunk begin to cost: a batch of fewer than twice as many is
+# halved at most.
+BATCH_CHUNK_OPERATIONS = 400_000
+CHUNK_ROWS = 32
+LEAST_ROWS = 16  # whole vectors, two of them in float32
 
 
 def batch_chunk_rows(n: int, tile_rows: int, operations_of_row: float, n_sums: int = 0) -> int:
     """Of how many rows the chunks of a batch are, each with so many sums."""
     most = min(MOST_CHUNKS, max(4, CHUNK_BYTES // (8 * n_sums + 1)))
-    n_chunks = max(1, min(most, int(n * operations_of_row // BATCH_CHUNK_OPERATIONS)))
-    rows = math.ceil(n / n_chunks)
-    step = tile_rows if rows > tile_rows else FEWEST_ROWS
+    n_chunks = min(most, int(n * operations_of_row // BATCH_CHUNK_OPERATIONS))
+    if n_chunks < 2:
+        return n
+    rows = min(max(CHUNK_ROWS, math.ceil(n / n_chunks)), math.ceil(n / 2))
+    step = tile_rows if rows > tile_rows else LEAST_ROWS
     return math.ceil(rows / step) * step

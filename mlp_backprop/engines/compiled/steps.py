@@ -48,8 +48,8 @@ CHUNK, REDUCE, UPDATE, JUDGE = range(4)
 EMA, SWA = 1, 2
 
 
-def _fields(integers: str, floats: str = "") -> Any:
-    names = [(name, np.int64) for name in integers.split()]
+def _fields(*integers: str, floats: str = "") -> Any:
+    names = [(name, np.int64) for name in " ".join(integers).split()]
     return np.dtype([*names, *((name, np.float64) for name in floats.split())])
 
 
@@ -58,35 +58,36 @@ STATE = (
     "status loss validation_loss learning_rate grad_norms seconds"
 )
 RUN = _fields(
-    # What every pass is told; records of the members, and of their rows
-    "address part job members data validation n_members n_params n_layers "
+    # What every pass is told; the work on a part; records of the members, and of their rows
+    "address job part members data validation n_members n_params n_layers",
     # Of the task
-    "epochs batch_size patience kind_of_average first_averaged "
+    "epochs batch_size patience kind_of_average first_averaged",
     # The optimizer: address of its part, its options, factors of the rate
-    "update options scale n_slots "
+    "update options scale",
     # How parameters are cut into ranges
-    "n_ranges range_size "
+    "n_ranges range_size",
     # A frame for each worker, with its sums and its g; words for each
-    "frames sums sums_bytes grads grads_bytes words "
+    "frames sums sums_bytes grads grads_bytes words",
     # The slice: the members that are open, in turn; when it began and ends, in nanoseconds; how
-    # long each may have; after how many steps the clock is looked at
-    "open n_open started until quota clock_steps " + STATE,
-    # Arrays of the state
-    # No limit is inf
-    "max_grad_norm max_sample_norm elapsed",
+    # long each may have; after how many steps the clock is looked at; where threads meet that take
+    # the steps of one member together, or 0
+    "open started until quota clock_steps meeting",
+    STATE,
+    floats="max_grad_norm max_sample_norm elapsed",  # no limit is inf
 )
 MEMBER = _fields(
     # layer_tables of its vector, and of the net that is judged
-    "layers judged "
+    "layers judged",
     # A ring of orders; how many have been drawn since the run began, the epoch under way
-    "orders n_orders n_drawn epoch "
+    "orders n_orders n_drawn epoch",
     # Rows of a chunk; steps of an epoch, steps to stop at, rates of all steps
     "chunk_rows validation_chunk_rows steps_per_epoch goal rates",
-    "mean_weight",
+    floats="mean_weight",
 )
 DATA = _fields("n X X_row X_column y y_row y_column labels label_step weight weight_step rows")
 FRAME = _fields(
-    "address worker member kind rows n chunk_rows n_chunks layers sums g rate t", "factor clip"
+    "address worker member kind rows n chunk_rows n_chunks layers sums g rate t",
+    floats="factor clip",
 )
 
 run_at, member_at, data_at, frame_at = map(reader, (RUN, MEMBER, DATA, FRAME))
@@ -94,6 +95,9 @@ RUN_BYTES, MEMBER_BYTES, DATA_BYTES, FRAME_BYTES = (
     dtype.itemsize for dtype in (RUN, MEMBER, DATA, FRAME)
 )
 MOST_RANGES = 8
+TICKET, DONE, CLOSED, MEETING_BYTES = range(0, 512, 128)  # each in a line of the cache of its own
+SPINS = 4000  # two microseconds or so
+sched_yield = types.ExternalFunction("sched_yield", types.int32())
 WORDS = 128  # bytes of a worker's, for the clock
 EPOCH, N_DRAWN = (int(MEMBER.fields[name][1]) for name in ("epoch", "n_drawn"))
 
@@ -265,11 +269,67 @@ def towards(average, p, share, n):
 
 
 @compiled
-def share(run, frame, A, kind, n_parts):
-    """All parts of a kind."""
+def share(run, frame, kind, n_parts):
+    """All parts of a kind, with helpers if they come: nobody is waited for but who has taken one.
+
+    A ticket holds how many parts there are, and how many have been taken. It is unlike all others:
+    who comes late cannot take a part of one for a part of the next.
+    """
     frame.kind = kind
-    for part in range(n_parts):
-        call(run.part, (run.address, frame.address, part, frame.worker))
+    if run.meeting == 0 or n_parts == 1:
+        for part in range(n_parts):
+            call(run.part, (run.address, frame.address, part, frame.worker))
+        return
+    team.exchange(run.meeting + DONE, 0)
+    serial = (team.load(run.meeting + TICKET) >> 32) + 1
+    team.exchange(run.meeting + TICKET, (serial << 32) | (n_parts << 16))
+    take_parts(run, frame, frame.worker)
+    n_spins = 0
+    while team.load(run.meeting + DONE) != n_parts:
+        n_spins = rest(n_spins)
+
+
+@compiled
+def take_parts(run, frame, worker):
+    """Take parts until none is left; how many were taken."""
+    taken = 0
+    while True:
+        ticket = team.add(run.meeting + TICKET, 1)
+        if taken_of(ticket) >= parts_of(ticket):
+            return taken
+        call(run.part, (run.address, frame.address, taken_of(ticket), worker))
+        team.add(run.meeting + DONE, 1)
+        taken += 1
+
+
+@compiled
+def parts_of(ticket):
+    return (ticket >> 16) & 0xFFFF
+
+
+@compiled
+def taken_of(ticket):
+    return ticket & 0xFFFF
+
+
+@compiled
+def rest(n_spins):
+    """Spin for a moment; after that let others have the core, who may be waited for."""
+    if n_spins >= SPINS:
+        sched_yield()
+    return n_spins + 1
+
+
+@compiled
+def help(run, worker):
+    """Take parts of the leader's steps until the slice is over."""
+    frame, n_spins = frame_at(run.frames), 0
+    while not team.load(run.meeting + CLOSED):
+        ticket = team.load(run.meeting + TICKET)
+        if taken_of(ticket) < parts_of(ticket):
+            take_parts(run, frame, worker)
+            n_spins = 0
+        n_spins = rest(n_spins)
 
 
 @compiled
@@ -282,9 +342,9 @@ def take_step(run, member, frame, A, e, step, k):
     frame.rows = member.orders + 8 * ((epoch % member.n_orders) * data.n + first)
     frame.chunk_rows, frame.layers = member.chunk_rows, member.layers
     frame.n_chunks = (frame.n + frame.chunk_rows - 1) // frame.chunk_rows
-    share(run, frame, A, CHUNK, frame.n_chunks)
+    share(run, frame, CHUNK, frame.n_chunks)
     frame.factor = 1 / (frame.n * member.mean_weight)
-    share(run, frame, A, REDUCE, run.n_ranges)
+    share(run, frame, REDUCE, run.n_ranges)
     squares, loss, weight = 0.0, 0.0, 0.0
     for part in range(run.n_ranges):
         squares += floats(squares_of(run, frame, A))[part]
@@ -297,7 +357,7 @@ def take_step(run, member, frame, A, e, step, k):
         return False
     frame.clip = run.max_grad_norm / norm if norm > run.max_grad_norm else 1.0
     frame.rate, frame.t = member.rates + 8 * step, step + 1
-    share(run, frame, A, UPDATE, run.n_ranges)
+    share(run, frame, UPDATE, run.n_ranges)
     floats(run.loss_sum)[e] += loss
     floats(run.weight_sum)[e] += weight
     floats(run.grad_norm)[e] = norm
@@ -349,7 +409,7 @@ def judge(run, member, frame, A, e, epoch):
     frame.n, frame.rows, frame.layers = data.n, data.rows, member.judged
     frame.chunk_rows = member.validation_chunk_rows
     n_chunks = (frame.n + frame.chunk_rows - 1) // frame.chunk_rows
-    share(run, frame, A, JUDGE, n_chunks)
+    share(run, frame, JUDGE, n_chunks)
     loss, weight = 0.0, 0.0
     for chunk in range(n_chunks):
         loss += floats(frame.sums)[2 * chunk]
@@ -401,17 +461,22 @@ def take_steps(run, A, e, worker, until):
 
 
 def training_pass(sources: int, real: DType) -> Callable[[int, int, int], None]:
-    """The slice of a member that is open, by its place among these."""
+    """The slice of a member that is open, by its place among these; or with others on the first."""
 
     def training_pass(address, place, worker):
         _ = sources
         run = run_at(address)
+        if run.meeting and place > 0:
+            help(run, worker)
+            return
         now = team.now(run.words + worker * WORDS)
         if place == 0 or now < run.until:
             job = job_at(run.job)
             A = pointer(real, job.workspaces + worker * job.workspace_bytes)
             until = min(run.until, now + run.quota)
             take_steps(run, A, integers(run.open)[place], worker, until)
+        if run.meeting:
+            team.exchange(run.meeting + CLOSED, 1)
 
     return training_pass
 

@@ -5,6 +5,7 @@ two steps. It is told everything by the records of steps.py, which are written o
 """
 
 import threading
+from collections.abc import Iterator
 from functools import partial
 from math import ceil, inf
 from time import monotonic_ns, perf_counter
@@ -25,6 +26,7 @@ from mlp_backprop.types import Array, n_params
 AVERAGES = {"": 0, "ema": steps.EMA, "swa": steps.SWA}
 SLICE = 0.1  # seconds after which Python has its turn, for Ctrl-C
 RANGE = 2048  # parameters in a range, at least
+TRY_AGAIN, TRIAL = 10, 0.1  # slices until another number of threads is tried; for which part of one
 CLOCK_OPERATIONS = 1_000_000  # between two looks at the clock
 
 
@@ -59,7 +61,9 @@ class Runner:
         self.orders = Orders(task, self.members)
         self.work = parts.work(steps.training_pass, team.WORK, self.dtype)
         self.lead_alone = parts.entry(steps.lead_alone, steps.LEADING)
-        self.turn = 0
+        self.next = 0  # the member that is first in the next slice
+        self.pace = Pace(min(self.n_workers, self.n_parts))
+        self.meeting = np.zeros(steps.MEETING_BYTES // 8, np.int64)
         ended = np.minimum(state.step // self.per_epoch, task.epochs)
         self.elapsed = float(np.nanmax([0.0, *state.seconds[ended, range(task.n_members)]]))
 
@@ -174,6 +178,7 @@ class Runner:
         judging = places.tile_rows, operations(spec.sizes, products=1)
         members["validation_chunk_rows"] = [batch_chunk_rows(n, *judging) for n in n_judged]
         n_chunks = max(-(-batches[e] // int(members["chunk_rows"][e])) for e in range(len(members)))
+        self.n_parts = n_chunks
         n_workers = self.n_workers = max(1, min(threads.thread_count(), team.MOST_WORKERS))
         sums = np.empty((n_workers, max(n_chunks * (n_numbers + 2), 2 * MOST_CHUNKS)))
         n_squares = steps.MOST_RANGES * 8 // self.dtype.itemsize + 2
@@ -225,27 +230,80 @@ class Runner:
                 break
 
     def _open(self, goal: Array) -> Array:
-        """The members that go on, those first that have waited longest."""
+        """The members that go on, beginning with the one that has waited longest."""
         step = self.state.step
         is_open = (self.state.status == RUNNING) & ((step < goal) | (step >= self.total))
         members = np.flatnonzero(is_open)
-        self.turn = self.turn % max(1, len(members))
-        return np.roll(members, -self.turn)
+        return np.roll(members, -int(np.searchsorted(members, self.next)))
 
     def _slice(self, members: Array, seconds: float) -> None:
+        """Compiled steps, while orders are drawn."""
         self.orders.draw_first(members)
         over = threading.Event()
         drawing = threading.Thread(target=self.orders.draw_ahead, args=(members, over), daemon=True)
-        run, n = self.run, len(members)
-        began = monotonic_ns()
-        run["open"], run["n_open"] = members.ctypes.data, n
-        run["started"], run["until"] = began, began + int(seconds * 1e9)
-        run["elapsed"] = self.elapsed
-        run["quota"] = int(seconds * 1e9) * 1 // n
+        before = self.state.step[members]
         drawing.start()
         try:
-            self.lead_alone(self.work, run.ctypes.data, n)
+            if len(members) == 1:
+                self._one_net(members, seconds)
+            else:
+                self._run(members, seconds, min(self.n_workers, len(members)), together=False)
         finally:
             over.set()
-            self.elapsed += (monotonic_ns() - began) * 1e-9
         drawing.join()
+        waiting = members[self.state.step[members] == before]
+        self.next = int(waiting[0]) if len(waiting) else 0
+
+    def _one_net(self, members: Array, seconds: float) -> None:
+        """By as many threads as have been the fastest of late."""
+        for n_workers, share in self.pace.turns():
+            step, start = self.state.step[members[0]], perf_counter()
+            self._run(members, seconds * share, n_workers, together=n_workers > 1)
+            steps_taken = self.state.step[members[0]] - step
+            self.pace.tell(n_workers, steps_taken / (perf_counter() - start))
+
+    def _run(self, members: Array, seconds: float, n_workers: int, together: bool) -> None:
+        """A place for each member, or for each thread of those that take steps together."""
+        run, began, length = self.run, monotonic_ns(), int(seconds * 1e9)
+        n_places = n_workers if together else len(members)
+        run["open"], run["started"], run["until"] = members.ctypes.data, began, began + length
+        run["elapsed"], run["quota"] = self.elapsed, length * n_workers // n_places
+        self.meeting[...] = 0
+        run["meeting"] = self.meeting.ctypes.data if together else 0
+        try:
+            if n_workers > 1:
+                team.run(self.work, run.ctypes.data, n_places, n_workers)
+            else:
+                self.lead_alone(self.work, run.ctypes.data, n_places)
+        finally:
+            self.elapsed += (monotonic_ns() - began) * 1e-9
+
+
+class Pace:
+    """How many threads take the steps of one net: one or all, whichever was faster of late.
+
+    Beside a busy process threads that must meet at every step are slower than one. So now and then
+    the other way is tried, for a small part of a slice.
+    """
+
+    def __init__(self, n_workers: int) -> None:
+        self.n_workers = n_workers
+        self.rates: dict[int, float] = {}  # steps a second
+        self.n_slices = 0
+
+    def turns(self) -> Iterator[tuple[int, float]]:
+        """Numbers of threads, and the part of a slice that each may have."""
+        left, ways = 1.0, [1, self.n_workers]
+        if self.n_workers > 1 and self.n_slices % TRY_AGAIN == 0:
+            for n_workers in [n for n in ways if n != self._best() or not self.rates]:
+                left -= TRIAL
+                yield n_workers, TRIAL
+        self.n_slices += 1
+        yield self._best(), left
+
+    def _best(self) -> int:
+        return max(self.rates, key=self.rates.__getitem__, default=1)
+
+    def tell(self, n_workers: int, rate: float) -> None:
+        """What was measured."""
+        self.rates[n_workers] = rate
