@@ -174,7 +174,7 @@ def add_rows(run, frame, A, part):
     tables, n_sums = (run.data, job.n_sums) if is_batch else (run.validation, 2)
     data, layers = data_at(tables + frame.member * DATA_BYTES), layers_at(run, frame.layers)
     sums = shifted(floats(frame.sums), part * n_sums)
-    fill(sums, 0.0, ONE, n_sums, n_sums)
+    sums[n_sums - 2] = sums[n_sums - 1] = 0.0
     begin = part * frame.chunk_rows
     end = min(begin + frame.chunk_rows, frame.n)
     for start in range(begin, end, job.tile_rows):
@@ -190,7 +190,7 @@ def add_rows(run, frame, A, part):
             if run.max_sample_norm < inf:
                 clip_samples(run, job, layers, A, stride, m)
             for l in range(len(layers)):
-                weight_grads(job, layers[l], A, stride, n, m, sums)
+                weight_grads(job, layers[l], A, stride, n, m, sums, start == begin)
 
 
 @compiled

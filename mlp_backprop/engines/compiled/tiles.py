@@ -14,7 +14,7 @@ from mlp_backprop.engines.compiled.products import (
     gather_square,
     transpose,
 )
-from mlp_backprop.engines.compiled.rows import dot, fill, multiply, multiply_by_row, row_sum
+from mlp_backprop.engines.compiled.rows import at, dot, fill, multiply, multiply_by_row, row_sum
 from mlp_backprop.engines.compiled.vectors import VECTOR_BYTES, call, lanes, pointer, shifted
 
 # The gradient of a layer narrower than this, on either side, is one of dots; else a product with
@@ -157,20 +157,21 @@ def backward(job, layers, A, stride, n, m):
 
 
 @compiled
-def weight_grads(job, layer, A, stride, n, m, sums):
-    """Equations (1) and (2), D_l H_{l-1}ᵀ and D_l 1, added to sums."""
+def weight_grads(job, layer, A, stride, n, m, sums, are_new=False):
+    """Equations (1) and (2), D_l H_{l-1}ᵀ and D_l 1, added to sums, or in their place."""
     _, n_in, n_out, h, d, place, _, _ = layer
     D, H = shifted(A, d * stride), shifted(A, (h - n_in) * stride)
     dW = shifted(sums, place)
     db = shifted(dW, n_out * n_in)
-    add_products(job, A, D, n_out, H, n_in, stride, n, m, dW)
+    add_products(job, A, D, n_out, H, n_in, stride, n, m, dW, are_new)
     for o in range(n_out):
-        db[o] += row_sum(shifted(D, o * stride), m)
+        total = row_sum(shifted(D, o * stride), m)
+        db[o] = total if are_new else db[o] + total
 
 
 @compiled
-def add_products(job, A, D, n_out, H, n_in, stride, n, m, dW):
-    """D Hᵀ, of rows of a tile, added to dW."""
+def add_products(job, A, D, n_out, H, n_in, stride, n, m, dW, are_new=False):
+    """D Hᵀ, of rows of a tile, added to dW, or in its place."""
     T, P, row = shifted(A, job.T), shifted(A, job.P), n_in
     if n_in < NARROW or n_out < NARROW:
         call(job.dots, (P, row, D, stride, H, stride, n_out, n_in, m))
@@ -179,5 +180,10 @@ def add_products(job, A, D, n_out, H, n_in, stride, n, m, dW):
         transpose(T, row, H, stride, n_in, m)
         call(job.product, (NOTHING, P, P, row, D, stride, 1, T, row, n_out, n, row))
     for o in range(n_out):
-        for i in range(n_in):
-            dW[o * n_in + i] += P[o * row + i]
+        sums, products = shifted(dW, o * n_in), shifted(P, o * row)
+        if are_new:
+            for i in range(at(n_in)):
+                sums[i] = products[i]
+        else:
+            for i in range(at(n_in)):
+                sums[i] += products[i]

@@ -179,13 +179,15 @@ class Runner:
         members["validation_chunk_rows"] = [batch_chunk_rows(n, *judging) for n in n_judged]
         n_chunks = max(-(-batches[e] // int(members["chunk_rows"][e])) for e in range(len(members)))
         self.n_parts = n_chunks
-        n_workers = self.n_workers = max(1, min(threads.thread_count(), team.MOST_WORKERS))
-        sums = np.empty((n_workers, max(n_chunks * (n_numbers + 2), 2 * MOST_CHUNKS)))
+        n_useful = max(task.n_members, n_chunks)
+        n_workers = self.n_workers = min(threads.thread_count(), team.MOST_WORKERS, n_useful)
+        n_frames = min(n_workers, task.n_members)  # those of one net share one
+        sums = np.empty((n_frames, max(n_chunks * (n_numbers + 2), 2 * MOST_CHUNKS)))
         n_squares = steps.MOST_RANGES * 8 // self.dtype.itemsize + 2
-        grads = np.empty((n_workers, n_numbers + n_squares), self.dtype)
+        grads = np.empty((n_frames, n_numbers + n_squares), self.dtype)
         run["sums"], run["sums_bytes"] = self._address(sums), sums.strides[0]
         run["grads"], run["grads_bytes"] = self._address(grads), grads.strides[0]
-        run["frames"] = self._address(np.zeros(n_workers, steps.FRAME))
+        run["frames"] = self._address(np.zeros(n_frames, steps.FRAME))
         run["words"] = self._address(np.zeros((n_workers, steps.WORDS // 8), np.int64))
         of_step = per_row * max(batches)
         run["clock_steps"] = max(1, min(16, int(CLOCK_OPERATIONS // of_step)))
@@ -242,15 +244,14 @@ class Runner:
         over = threading.Event()
         drawing = threading.Thread(target=self.orders.draw_ahead, args=(members, over), daemon=True)
         before = self.state.step[members]
-        drawing.start()
         try:
+            drawing.start()
             if len(members) == 1:
                 self._one_net(members, seconds)
             else:
                 self._run(members, seconds, min(self.n_workers, len(members)), together=False)
         finally:
-            over.set()
-        drawing.join()
+            over.set()  # who still draws then does no harm
         waiting = members[self.state.step[members] == before]
         self.next = int(waiting[0]) if len(waiting) else 0
 

@@ -1,5 +1,6 @@
 """Compiled steps of training, held to a loop written out here: same vectors, histories, ends."""
 
+import threading
 from copy import deepcopy
 from dataclasses import fields
 from functools import partial
@@ -15,8 +16,8 @@ from mlp_backprop.activations import ACTIVATIONS
 from mlp_backprop.backprop import Spec
 from mlp_backprop.derivatives.gradients import compute_grads
 from mlp_backprop.derivatives.per_sample import clipped_grads
-from mlp_backprop.engines import choice, orders
-from mlp_backprop.engines.compiled import optimizers, training
+from mlp_backprop.engines import choice, orders, threads
+from mlp_backprop.engines.compiled import drawing, optimizers, team, training
 from mlp_backprop.engines.compiled.engine import by_layer
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.maths.runs import DIVERGED, FINISHED, RUNNING, STOPPED, State, Task
@@ -456,6 +457,139 @@ def test_seconds_go_on():
     compiled(task, state)
     assert (np.diff(state.seconds[1:, 0]) >= 0).all()
     assert 1000 < state.seconds[-1, 0] < 1000 + 600
+
+
+def test_an_interrupt_between_slices_loses_nothing(monkeypatch):
+    task, state = run_of(**validated(epochs=6, average="ema"))
+    expected = compiled(task, deepcopy(state))
+    runner = training.Runner(task, state)
+    lead_alone = runner.lead_alone
+
+    def interrupted(*arguments):
+        runner.run["until"] = 0
+        lead_alone(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "lead_alone", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.advance(60.0)
+    assert 0 < state.step[0] < 30
+    assert_close(state, plain_so_far(task, state))
+    monkeypatch.undo()
+    runner.advance(60.0)
+    assert_same(state, expected)
+
+
+# Orders ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_few_orders_are_drawn_ahead_or_none(ahead, monkeypatch):
+    task, state = run_of(members=2, epochs=40, rows=member_rows(2))
+    expected = compiled(task, deepcopy(state))
+    monkeypatch.setattr(drawing, "RING_BYTES", 0)
+    if not ahead:
+        monkeypatch.setattr(drawing.Orders, "draw_ahead", lambda *_: None)
+    runner = training.Runner(task, state)
+    assert [ring.shape for ring in runner.orders.rings] == [(2, 23), (2, 20)]
+    runner.advance(60.0)
+    assert_same(state, expected)
+
+
+def test_orders_take_a_megabyte_or_two_of_each():
+    task, state = run_of(members=2, n=9000, batch_size=4000)
+    rings = training.Runner(task, state).orders.rings
+    assert [ring.shape for ring in rings] == [(7, 9000)] * 2
+
+
+def test_members_of_one_seed_share_what_is_drawn(monkeypatch):
+    task, state = run_of(members=3, epochs=2)
+    task = task._replace(seeds=(5, 5, 5))
+    drawn = []
+
+    def counted(task, e, epoch):
+        drawn.append(epoch)
+        return orders.order(task, e, epoch)
+
+    monkeypatch.setattr(drawing, "orders", SimpleNamespace(order=counted))
+    runner = training.Runner(task, state)
+    runner.orders.draw_first(np.arange(3))
+    assert drawn == [0]
+
+
+# Threads -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def always_together(monkeypatch):
+    monkeypatch.setattr(training.Pace, "turns", lambda self: [(self.n_workers, 1.0)])
+
+
+def wide_enough_to_share(**options):
+    """Batches, parameters and validation rows in several parts."""
+    sizes, rng = (64, 64, 2), np.random.default_rng(8)
+    X, y = rng.normal(size=(300, 64)), rng.uniform(size=(300, 2))
+    options = {"sizes": sizes, "n": 300, "batch_size": 130, "epochs": 4, **options}
+    task, state = run_of(validation=(X, y, None), average="ema", max_grad_norm=0.5, **options)
+    runner = training.Runner(task, deepcopy(state))
+    assert runner.n_parts > 1
+    assert runner.run["n_ranges"] > 1
+    assert runner.members["validation_chunk_rows"][0] < 300
+    return task, state
+
+
+def by_threads(task, state, n, monkeypatch):
+    monkeypatch.setenv(threads.VARIABLE, str(n))
+    return compiled(task, deepcopy(state), slices=(0.0, 0.002, 60.0))
+
+
+@pytest.mark.parametrize("members", [1, 5])
+def test_the_number_of_threads_changes_no_bit(members, always_together, monkeypatch):
+    task, state = wide_enough_to_share(members=members)
+    one, *others = [by_threads(task, state, n, monkeypatch) for n in (1, 2, 8)]
+    assert_close(one, plain(task, deepcopy(state)), 1e-9)
+    for other in others:
+        assert_same(other, one)
+
+
+def test_helpers_that_never_come_are_not_waited_for(always_together, monkeypatch):
+    task, state = wide_enough_to_share()
+    expected = by_threads(task, state, 1, monkeypatch)
+    runner_of_one = training.Runner(task, deepcopy(state)).lead_alone
+    monkeypatch.setattr(team, "run", lambda work, run, n, _: runner_of_one(work, run, n))
+    assert_same(by_threads(task, state, 2, monkeypatch), expected)
+
+
+def test_runs_at_the_same_time(always_together, monkeypatch):
+    """One of them has the helpers, the others go on alone."""
+    task, state = wide_enough_to_share()
+    expected = by_threads(task, state, 1, monkeypatch)
+    monkeypatch.setenv(threads.VARIABLE, "2")
+    states = [deepcopy(state) for _ in range(3)]
+    running = [threading.Thread(target=compiled, args=(task, own)) for own in states]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    for own in states:
+        assert_same(own, expected)
+
+
+def test_the_faster_way_is_taken():
+    pace = training.Pace(4)
+    rates = {1: 100.0, 4: 300.0}
+    taken = []
+    for _ in range(20):
+        for n, share in pace.turns():
+            taken.append((n, share))
+            pace.tell(n, rates[n])
+        if len(taken) == 12:
+            rates[4] = 50.0
+    assert taken[:3] == [(1, 0.1), (4, 0.1), (4, 0.8)]
+    assert taken[3:12] == [(4, 1.0)] * 9
+    assert taken[12:14] == [(1, 0.1), (4, 0.9)]
+    assert taken[14:] == [(1, 1.0)] * 9
+    assert [*training.Pace(1).turns()] == [(1, 1.0)]
 
 
 # What is covered ---------------------------------------------------------------------------------
