@@ -48,16 +48,15 @@ class Orders:
         for e in members[table["n_drawn"][members] <= table["epoch"][members]]:
             self.draw(int(e))
 
-    def draw(self, e: int) -> bool:
+    def draw(self, e: int) -> None:
         """One more of a member, if there is room."""
         row, ring = self.table[e], self.rings[e]
         with self.drawing:
             epoch = int(row["n_drawn"])
             if epoch >= row["epoch"] + len(ring):
-                return False
+                return
             ring[epoch % len(ring)] = self.order(e, epoch)
             self.publish(self.table.ctypes.data + e * steps.MEMBER_BYTES + steps.N_DRAWN, epoch + 1)
-        return True
 
     def order(self, e: int, epoch: int) -> Array:
         """Members of one seed often come one after the other: theirs is drawn once."""
@@ -67,12 +66,26 @@ class Orders:
             self.last = what, orders.order(task, e, epoch)
         return self.last[1]
 
+    def begin_drawing(self, members: Array, over: threading.Event) -> None:
+        """Let a thread fill the rings of these, if one is half empty, until it is over."""
+        if len(self.with_room(members, 0.5)):
+            work = threading.Thread(target=self.draw_ahead, args=(members, over), daemon=True)
+            work.start()
+
     def draw_ahead(self, members: Array, over: threading.Event) -> None:
-        """Fill the rings, in rounds, until it is over."""
+        """In rounds."""
         while not over.is_set():
-            drawn = [self.draw(int(e)) for e in members if not over.is_set()]
-            if not any(drawn):
+            short = self.with_room(members)
+            for e in short:
+                if not over.is_set():
+                    self.draw(int(e))
+            if not len(short):
                 over.wait(PAUSE)
+
+    def with_room(self, members: Array, part: float = 1.0) -> Array:
+        """Those in whose ring at most this part is ahead of the steps."""
+        own = self.table[members]
+        return members[own["n_drawn"] - own["epoch"] < np.ceil(part * own["n_orders"])]
 
 
 def in_turn(task: Task, e: int, known: dict[int, Array]) -> Array:

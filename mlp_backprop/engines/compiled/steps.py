@@ -68,10 +68,10 @@ RUN = _fields(
     "n_ranges range_size",
     # A frame for each worker, with its sums and its g; words for each
     "frames sums sums_bytes grads grads_bytes words",
-    # The slice: the members that are open, in turn; when it began and ends, in nanoseconds; how
-    # long each may have; after how many steps the clock is looked at; where threads meet that take
-    # the steps of one member together, or 0
-    "open started until quota clock_steps meeting",
+    # When Python called, in nanoseconds. The slice: the members that are open, in turn; when it
+    # ends; how long each may have; after how many steps the clock is looked at; where threads meet
+    # that take the steps of one member together, or 0
+    "began open until quota clock_steps meeting",
     STATE,
     floats="max_grad_norm max_sample_norm elapsed",  # no limit is inf
 )
@@ -385,7 +385,7 @@ def end_epoch(run, member, frame, A, e, epoch, now):
         status[e] = FINISHED
     elif 0 <= run.patience <= epoch - integers(run.best_epoch)[e]:
         status[e] = STOPPED
-    floats(run.seconds)[row] = run.elapsed + (team.now(now) - run.started) * 1e-9
+    floats(run.seconds)[row] = run.elapsed + (team.now(now) - run.began) * 1e-9
 
 
 @compiled

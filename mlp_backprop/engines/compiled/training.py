@@ -5,10 +5,10 @@ two steps. It is told everything by the records of steps.py, which are written o
 """
 
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from math import ceil, inf
-from time import monotonic_ns, perf_counter
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,17 @@ from mlp_backprop.engines import threads
 from mlp_backprop.engines.compiled import engine, parts, steps, team
 from mlp_backprop.engines.compiled.drawing import Orders
 from mlp_backprop.engines.compiled.jobs import W_PLACE, job_of
-from mlp_backprop.engines.compiled.layout import layout
+from mlp_backprop.engines.compiled.layout import Layout, layout
 from mlp_backprop.engines.compiled.optimizers import OPTIMIZERS, OPTIONS
 from mlp_backprop.engines.compiled.schedule import MOST_CHUNKS, batch_chunk_rows, operations
 from mlp_backprop.maths.runs import RUNNING, State, Task
 from mlp_backprop.types import Array, n_params
 
 AVERAGES = {"": 0, "ema": steps.EMA, "swa": steps.SWA}
-SLICE = 0.1  # seconds after which Python has its turn, for Ctrl-C
+SLICE = 100_000_000  # nanoseconds after which Python has its turn, for Ctrl-C
 RANGE = 2048  # parameters in a range, at least
 TRY_AGAIN, TRIAL = 10, 0.1  # slices until another number of threads is tried; for which part of one
-CLOCK_OPERATIONS = 1_000_000  # between two looks at the clock
+CLOCK_OPERATIONS, MOST_CLOCK_STEPS = 1_000_000, 16  # between two looks at the clock
 
 
 def covers(task: Task) -> bool:
@@ -57,12 +57,12 @@ class Runner:
         self._tell_state()
         self._tell_task()
         self._tell_members()
-        self._make_room()
+        self._make_room(self._cut())
         self.orders = Orders(task, self.members)
         self.work = parts.work(steps.training_pass, team.WORK, self.dtype)
         self.lead_alone = parts.entry(steps.lead_alone, steps.LEADING)
         self.next = 0  # the member that is first in the next slice
-        self.pace = Pace(min(self.n_workers, self.n_parts))
+        self.pace = Pace(min(self.n_workers, self.n_chunks))
         self.meeting = np.zeros(steps.MEETING_BYTES // 8, np.int64)
         ended = np.minimum(state.step // self.per_epoch, task.epochs)
         self.elapsed = float(np.nanmax([0.0, *state.seconds[ended, range(task.n_members)]]))
@@ -143,11 +143,8 @@ class Runner:
             table["y_row"], table["y_column"] = y.strides[-2:]
         if weight is not None:
             weight = np.require(weight, requirements="A")
-            table["weight"], table["weight_step"] = (
-                self._addresses(weight, 2),
-                weight.strides[-1],
-            )
-        table["n"] = X.shape[-2]
+            table["weight"] = self._addresses(weight, 2)
+            table["weight_step"] = weight.strides[-1]
         if numbered:
             numbers = [np.arange(X.shape[-2])] * E if rows is None else rows
             numbers = [np.ascontiguousarray(own, np.int64) for own in numbers]
@@ -161,36 +158,38 @@ class Runner:
         step = A.strides[0] if A.ndim == ndim_of_own else 0
         return self._address(A) + step * np.arange(self.task.n_members)
 
-    def _make_room(self) -> None:
-        """Workspaces of the threads, and the cut of the work."""
-        task, run, members = self.task, self.run, self.members
-        spec, n_layers = task.spec, len(task.spec.activations)
-        n_numbers = n_params(spec.sizes)
-        n_rows = [task.n_rows(e) for e in range(task.n_members)]
-        n_judged = self._n_judged()
-        most = max(min(task.batch_size, max(n_rows)), *n_judged)
-        more = n_layers + 1 if task.max_sample_norm is not None else 0
-        places = layout(spec.sizes, most, spec.dtype, more)
-        per_row = operations(spec.sizes, products=3)
-        cut = places.tile_rows, per_row, n_numbers
-        batches = [min(task.batch_size, n) for n in n_rows]
-        members["chunk_rows"] = [batch_chunk_rows(n, *cut) for n in batches]
-        judging = places.tile_rows, operations(spec.sizes, products=1)
-        members["validation_chunk_rows"] = [batch_chunk_rows(n, *judging) for n in n_judged]
-        n_chunks = max(-(-batches[e] // int(members["chunk_rows"][e])) for e in range(len(members)))
-        self.n_parts = n_chunks
-        n_useful = max(task.n_members, n_chunks)
-        n_workers = self.n_workers = min(threads.thread_count(), team.MOST_WORKERS, n_useful)
-        n_frames = min(n_workers, task.n_members)  # those of one net share one
-        sums = np.empty((n_frames, max(n_chunks * (n_numbers + 2), 2 * MOST_CHUNKS)))
-        n_squares = steps.MOST_RANGES * 8 // self.dtype.itemsize + 2
-        grads = np.empty((n_frames, n_numbers + n_squares), self.dtype)
+    def _cut(self) -> Layout:
+        """The rows of a batch, and those of the validation data, into chunks; by shapes alone."""
+        task, members, sizes = self.task, self.members, self.task.spec.sizes
+        batches = [min(task.batch_size, task.n_rows(e)) for e in range(task.n_members)]
+        judged = self._n_judged()
+        more_rows = len(sizes) if task.max_sample_norm is not None else 0  # of squared_norms
+        places = layout(sizes, max(*batches, *judged), self.dtype, more_rows)
+        tile_rows, n = places.tile_rows, n_params(sizes)
+        per_row, to_judge = operations(sizes, products=3), operations(sizes, products=1)
+        rows = [batch_chunk_rows(k, tile_rows, per_row, n) for k in batches]
+        members["chunk_rows"] = rows
+        self.n_chunks = max(ceil(k / own) for k, own in zip(batches, rows, strict=True))
+        members["validation_chunk_rows"] = [
+            batch_chunk_rows(k, tile_rows, to_judge) for k in judged
+        ]
+        most = CLOCK_OPERATIONS / (per_row * max(batches))
+        self.run["clock_steps"] = max(1, min(MOST_CLOCK_STEPS, int(most)))
+        return places
+
+    def _make_room(self, places: Layout) -> None:
+        """Workspaces of the threads."""
+        E, n, run = self.task.n_members, n_params(self.task.spec.sizes), self.run
+        useful = max(E, self.n_chunks)
+        n_workers = self.n_workers = min(threads.thread_count(), team.MOST_WORKERS, useful)
+        n_frames = min(n_workers, E)  # those who take the steps of one net together share one
+        sums = np.empty((n_frames, max(self.n_chunks * (n + 2), 2 * MOST_CHUNKS)))
+        n_squares = (steps.MOST_RANGES + 1) * 8 // self.dtype.itemsize
+        grads = np.empty((n_frames, n + n_squares), self.dtype)
         run["sums"], run["sums_bytes"] = self._address(sums), sums.strides[0]
         run["grads"], run["grads_bytes"] = self._address(grads), grads.strides[0]
         run["frames"] = self._address(np.zeros(n_frames, steps.FRAME))
         run["words"] = self._address(np.zeros((n_workers, steps.WORDS // 8), np.int64))
-        of_step = per_row * max(batches)
-        run["clock_steps"] = max(1, min(16, int(CLOCK_OPERATIONS // of_step)))
         self._tell_job(places, np.empty((n_workers, places.size), self.dtype))
 
     def _n_judged(self) -> list[int]:
@@ -201,7 +200,7 @@ class Runner:
             return [task.validation[0].shape[-2]] * task.n_members
         return [len(rows) for rows in task.validation_rows]
 
-    def _tell_job(self, places: Any, workspaces: Array) -> None:
+    def _tell_job(self, places: Layout, workspaces: Array) -> None:
         task, state = self.task, self.state
         first = engine.by_layer(state.vector[0], task.spec.sizes)
         job = self.job = job_of(task.spec, first, places, workspaces=workspaces)
@@ -221,15 +220,19 @@ class Runner:
 
     def advance(self, seconds: float, whole_epoch: bool = False) -> None:
         """Take steps for about so long, or until each member has ended one more epoch."""
-        end, goal = perf_counter() + seconds, self.total
+        began, goal = now(), self.total
+        end = began + int(seconds * 1e9)
         if whole_epoch:
             goal = np.minimum(goal, (self.state.step // self.per_epoch + 1) * self.per_epoch)
         self.members["goal"] = goal
-        while len(members := self._open(goal)):
-            left = SLICE if whole_epoch else min(SLICE, end - perf_counter())
-            self._slice(members, max(0.0, left))
-            if not whole_epoch and perf_counter() >= end:
-                break
+        self.run["began"], self.run["elapsed"] = began, self.elapsed
+        try:
+            while len(members := self._open(goal)):
+                self._slice(members, SLICE if whole_epoch else max(0, min(SLICE, end - now())))
+                if not whole_epoch and now() >= end:
+                    break
+        finally:
+            self.elapsed += (now() - began) * 1e-9
 
     def _open(self, goal: Array) -> Array:
         """The members that go on, beginning with the one that has waited longest."""
@@ -238,46 +241,47 @@ class Runner:
         members = np.flatnonzero(is_open)
         return np.roll(members, -int(np.searchsorted(members, self.next)))
 
-    def _slice(self, members: Array, seconds: float) -> None:
-        """Compiled steps, while orders are drawn."""
+    def _slice(self, members: Array, length: int) -> None:
+        """Compiled steps for so many nanoseconds, while orders are drawn."""
         self.orders.draw_first(members)
-        over = threading.Event()
-        drawing = threading.Thread(target=self.orders.draw_ahead, args=(members, over), daemon=True)
         before = self.state.step[members]
+        over = threading.Event()
         try:
-            drawing.start()
+            self.orders.begin_drawing(members, over)
             if len(members) == 1:
-                self._one_net(members, seconds)
+                self._one_net(members, length)
             else:
-                self._run(members, seconds, min(self.n_workers, len(members)), together=False)
+                self._run(members, length, min(self.n_workers, len(members)), together=False)
         finally:
             over.set()  # who still draws then does no harm
         waiting = members[self.state.step[members] == before]
         self.next = int(waiting[0]) if len(waiting) else 0
 
-    def _one_net(self, members: Array, seconds: float) -> None:
+    def _one_net(self, members: Array, length: int) -> None:
         """By as many threads as have been the fastest of late."""
         for n_workers, share in self.pace.turns():
-            step, start = self.state.step[members[0]], perf_counter()
-            self._run(members, seconds * share, n_workers, together=n_workers > 1)
-            steps_taken = self.state.step[members[0]] - step
-            self.pace.tell(n_workers, steps_taken / (perf_counter() - start))
+            step, start = self.state.step[members[0]], time.perf_counter()
+            self._run(members, int(length * share), n_workers, together=n_workers > 1)
+            n_steps = self.state.step[members[0]] - step
+            if n_steps:
+                self.pace.tell(n_workers, n_steps / (time.perf_counter() - start))
 
-    def _run(self, members: Array, seconds: float, n_workers: int, together: bool) -> None:
+    def _run(self, members: Array, length: int, n_workers: int, together: bool) -> None:
         """A place for each member, or for each thread of those that take steps together."""
-        run, began, length = self.run, monotonic_ns(), int(seconds * 1e9)
-        n_places = n_workers if together else len(members)
-        run["open"], run["started"], run["until"] = members.ctypes.data, began, began + length
-        run["elapsed"], run["quota"] = self.elapsed, length * n_workers // n_places
+        run, n_places = self.run, n_workers if together else len(members)
+        run["open"], run["until"] = members.ctypes.data, now() + length
+        run["quota"] = length * n_workers // n_places
         self.meeting[...] = 0
         run["meeting"] = self.meeting.ctypes.data if together else 0
-        try:
-            if n_workers > 1:
-                team.run(self.work, run.ctypes.data, n_places, n_workers)
-            else:
-                self.lead_alone(self.work, run.ctypes.data, n_places)
-        finally:
-            self.elapsed += (monotonic_ns() - began) * 1e-9
+        if n_workers > 1:
+            team.run(self.work, run.ctypes.data, n_places, n_workers)
+        else:
+            self.lead_alone(self.work, run.ctypes.data, n_places)
+
+
+def now() -> int:
+    """As team.now: in nanoseconds."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
 
 class Pace:

@@ -532,7 +532,7 @@ def wide_enough_to_share(**options):
     options = {"sizes": sizes, "n": 300, "batch_size": 130, "epochs": 4, **options}
     task, state = run_of(validation=(X, y, None), average="ema", max_grad_norm=0.5, **options)
     runner = training.Runner(task, deepcopy(state))
-    assert runner.n_parts > 1
+    assert runner.n_chunks > 1
     assert runner.run["n_ranges"] > 1
     assert runner.members["validation_chunk_rows"][0] < 300
     return task, state
