@@ -25,6 +25,10 @@ class Orders:
     def __init__(self, task: Task, table: Array) -> None:
         self.task, self.table = task, table
         self.publish = parts.entry(steps.publish, steps.PUBLISH)
+        self.place_of_n_drawn = table.ctypes.data + steps.N_DRAWN
+        self.n_drawn, self.epochs, self.n_orders = (
+            table[name] for name in ("n_drawn", "epoch", "n_orders")
+        )
         self.drawing = threading.Lock()  # one thread at a time
         self.last: tuple[Any, Array] = (None, np.empty(0, np.int64))
         n_rows = [task.n_rows(e) for e in range(task.n_members)]
@@ -44,19 +48,17 @@ class Orders:
 
     def draw_first(self, members: Array) -> None:
         """So that none of these is without an order for its epoch under way."""
-        table = self.table
-        for e in members[table["n_drawn"][members] <= table["epoch"][members]]:
-            self.draw(int(e))
+        for e in members[self.n_drawn[members] <= self.epochs[members]].tolist():
+            self.draw(e)
 
     def draw(self, e: int) -> None:
         """One more of a member, if there is room."""
-        row, ring = self.table[e], self.rings[e]
+        ring = self.rings[e]
         with self.drawing:
-            epoch = int(row["n_drawn"])
-            if epoch >= row["epoch"] + len(ring):
-                return
-            ring[epoch % len(ring)] = self.order(e, epoch)
-            self.publish(self.table.ctypes.data + e * steps.MEMBER_BYTES + steps.N_DRAWN, epoch + 1)
+            epoch = int(self.n_drawn[e])
+            if epoch < self.epochs[e] + len(ring):
+                ring[epoch % len(ring)] = self.order(e, epoch)
+                self.publish(self.place_of_n_drawn + e * steps.MEMBER_BYTES, epoch + 1)
 
     def order(self, e: int, epoch: int) -> Array:
         """Members of one seed often come one after the other: theirs is drawn once."""
@@ -76,16 +78,16 @@ class Orders:
         """In rounds."""
         while not over.is_set():
             short = self.with_room(members)
-            for e in short:
+            for e in short.tolist():
                 if not over.is_set():
-                    self.draw(int(e))
+                    self.draw(e)
             if not len(short):
                 over.wait(PAUSE)
 
     def with_room(self, members: Array, part: float = 1.0) -> Array:
         """Those in whose ring at most this part is ahead of the steps."""
-        own = self.table[members]
-        return members[own["n_drawn"] - own["epoch"] < np.ceil(part * own["n_orders"])]
+        n_ahead = self.n_drawn[members] - self.epochs[members]
+        return members[n_ahead < np.ceil(part * self.n_orders[members])]
 
 
 def in_turn(task: Task, e: int, known: dict[int, Array]) -> Array:
