@@ -383,6 +383,7 @@ def test_members_are_single_runs_bit_for_bit():
     rng = np.random.default_rng(8)
     X, y = rng.normal(size=(11, SIZES[0])), rng.uniform(size=(11, SIZES[-1]))
     options |= {"validation": (X, y, None), "validation_rows": member_rows(E, 11), "patience": 3}
+    options |= {"weight": rng.uniform(0.1, 3.0, size=23)}
     task, state = run_of(**options)
     all_of_them = compiled(task, deepcopy(state))
     assert_close(all_of_them, plain(task, deepcopy(state)))
@@ -432,6 +433,20 @@ def test_a_new_runner_goes_on():
     while (state.status == RUNNING).any():
         training.Runner(task, state).advance(0.0)
     assert_same(state, expected)
+
+
+def test_an_epoch_that_is_taken_up_at_its_very_end_is_ended():
+    task, state = run_of(**validated(epochs=1))
+    ended = deepcopy(compiled(task, state))
+    state.status[:] = RUNNING
+    state.weight_sum[:], state.loss_sum[:] = 23, 23 * ended.loss[1]
+    for name in HISTORY:
+        getattr(state, name)[1] = np.nan
+    training.Runner(task, state).advance(0.0)
+    for name in HISTORY:
+        np.testing.assert_allclose(getattr(state, name)[1], getattr(ended, name)[1], rtol=1e-12)
+    assert state.status[0] == FINISHED
+    assert state.step[0] == 5
 
 
 def test_whole_epochs():
@@ -494,6 +509,17 @@ def test_few_orders_are_drawn_ahead_or_none(ahead, monkeypatch):
     assert [ring.shape for ring in runner.orders.rings] == [(2, 23), (2, 20)]
     runner.advance(60.0)
     assert_same(state, expected)
+
+
+def test_an_order_in_use_is_not_drawn_over(monkeypatch):
+    monkeypatch.setattr(drawing, "RING_BYTES", 0)
+    task, state = run_of(epochs=5)
+    drawn = training.Runner(task, state).orders
+    for _ in range(4):
+        drawn.draw(0)
+    assert drawn.n_drawn[0] == 2
+    for epoch in (0, 1):
+        assert np.array_equal(drawn.rings[0][epoch], orders.order(task, 0, epoch))
 
 
 def test_orders_take_a_megabyte_or_two_of_each():
