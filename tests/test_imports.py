@@ -95,6 +95,10 @@ IMPORTS = {
         "engines.compiled.rows engines.compiled.vectors types",
         "numba numpy",
     ),
+    "engines.compiled.records": (
+        "engines.compiled.formulas engines.compiled.jobs engines.compiled.vectors",
+        "numba numpy",
+    ),
     "engines.compiled.tiles": (
         "engines.compiled.formulas engines.compiled.layout engines.compiled.products "
         "engines.compiled.rows engines.compiled.vectors",
@@ -169,21 +173,28 @@ IMPORTS = {
         "engines.compiled.vectors types",
         "numpy",
     ),
-    "engines.compiled.steps": (
+    "engines.compiled.step_parts": (
         "engines.compiled.first_order engines.compiled.formulas engines.compiled.jobs "
-        "engines.compiled.layout engines.compiled.rows engines.compiled.team "
+        "engines.compiled.layout engines.compiled.records engines.compiled.rows "
         "engines.compiled.tiles engines.compiled.vectors maths.runs types",
         "numba numpy",
     ),
+    "engines.compiled.steps": (
+        "engines.compiled.formulas engines.compiled.jobs engines.compiled.records "
+        "engines.compiled.rows engines.compiled.step_parts engines.compiled.team "
+        "engines.compiled.tiles engines.compiled.vectors maths.runs types",
+        "numba",
+    ),
     "engines.compiled.drawing": (
-        "engines.compiled.parts engines.compiled.steps engines.orders maths.runs types",
+        "engines.compiled.parts engines.compiled.records engines.compiled.steps "
+        "engines.orders maths.runs types",
         "numpy",
     ),
     "engines.compiled.training": (
         "engines.compiled.drawing engines.compiled.engine engines.compiled.jobs "
         "engines.compiled.layout engines.compiled.optimizers engines.compiled.parts "
-        "engines.compiled.schedule engines.compiled.steps engines.compiled.team "
-        "engines.threads maths.runs types",
+        "engines.compiled.records engines.compiled.schedule engines.compiled.step_parts "
+        "engines.compiled.steps engines.compiled.team engines.threads maths.runs types",
         "numpy",
     ),
     "engines.compiled.jet_grads": (
@@ -345,8 +356,10 @@ ONLY_IN = {
         "engines.compiled.kernels",
         "engines.compiled.parts",
         "engines.compiled.products",
+        "engines.compiled.records",
         "engines.compiled.rows",
         "engines.compiled.second_order",
+        "engines.compiled.step_parts",
         "engines.compiled.steps",
         "engines.compiled.team",
         "engines.compiled.vectors",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlp_backprop.engines import orders
-from mlp_backprop.engines.compiled import parts, steps
+from mlp_backprop.engines.compiled import parts, records, steps
 from mlp_backprop.maths.runs import Task
 from mlp_backprop.types import Array
 
@@ -20,12 +20,12 @@ PAUSE = 0.001  # seconds until another look for room
 
 
 class Orders:
-    """Those of all members: `table` is of steps.MEMBER, and is told where they are."""
+    """Those of all members: `table` is of records.MEMBER, and is told where they are."""
 
     def __init__(self, task: Task, table: Array) -> None:
         self.task, self.table = task, table
         self.publish = parts.entry(steps.publish, steps.PUBLISH)
-        self.place_of_n_drawn = table.ctypes.data + steps.N_DRAWN
+        self.place_of_n_drawn = table.ctypes.data + records.N_DRAWN
         self.n_drawn, self.epochs, self.n_orders = (
             table[name] for name in ("n_drawn", "epoch", "n_orders")
         )
@@ -58,7 +58,7 @@ class Orders:
             epoch = int(self.n_drawn[e])
             if epoch < self.epochs[e] + len(ring):
                 ring[epoch % len(ring)] = self.order(e, epoch)
-                self.publish(self.place_of_n_drawn + e * steps.MEMBER_BYTES, epoch + 1)
+                self.publish(self.place_of_n_drawn + e * records.MEMBER_BYTES, epoch + 1)
 
     def order(self, e: int, epoch: int) -> Array:
         """Members of one seed often come one after the other: theirs is drawn once."""

@@ -1,268 +1,49 @@
 """The steps of training, for one member: what a thread does from a clock's stroke to the next.
 
-maths/runs.py says what a step is. Its work is cut into parts by shapes alone, of four kinds:
-
-    CHUNK     the sums over some rows of the batch
-    REDUCE    g, and its squares, of a range of the parameters
-    UPDATE    the optimizer, on a range of the parameters
-    JUDGE     the loss over some rows of the validation data
-
-Records tell all: RUN what the members share, MEMBER one of them, DATA its rows for training or for
-validation, FRAME the work under way, of the thread that leads it.
+maths/runs.py says what a step is, step_parts.py does its parts, records.py says what is where.
 """
 
 from collections.abc import Callable
-from math import inf, isfinite, sqrt
-from typing import Any
+from math import isfinite, sqrt
 
-import numpy as np
-from numba import carray, njit, types
+from numba import types
 
 from mlp_backprop.engines.compiled import team
-from mlp_backprop.engines.compiled.first_order import add_layers, clip_factors, squared_norms
 from mlp_backprop.engines.compiled.formulas import compiled
-from mlp_backprop.engines.compiled.jobs import job_at, reader
-from mlp_backprop.engines.compiled.layout import stride_for, whole_vectors
-from mlp_backprop.engines.compiled.rows import at, copy, fill, multiply_by_row, row_sum
-from mlp_backprop.engines.compiled.tiles import (
-    ONE,
-    ZERO,
-    backward,
-    forward,
-    gather,
-    gather_labels,
-    output_grads,
-    weight_grads,
+from mlp_backprop.engines.compiled.jobs import job_at
+from mlp_backprop.engines.compiled.records import (
+    CHUNK,
+    DATA_BYTES,
+    EPOCH,
+    FRAME_BYTES,
+    JUDGE,
+    MEMBER_BYTES,
+    N_DRAWN,
+    REDUCE,
+    SWA,
+    UPDATE,
+    WORDS,
+    data_at,
+    floats,
+    frame_at,
+    integers,
+    member_at,
+    run_at,
+    squares_of,
 )
-from mlp_backprop.engines.compiled.vectors import (
-    VECTOR_BYTES,
-    call,
-    lanes,
-    pointer,
-    shifted,
-)
-from mlp_backprop.maths.runs import DIVERGED, EMA_DECAY, FINISHED, RUNNING, STOPPED
+from mlp_backprop.engines.compiled.rows import copy
+from mlp_backprop.engines.compiled.step_parts import towards
+from mlp_backprop.engines.compiled.tiles import ONE
+from mlp_backprop.engines.compiled.vectors import call, pointer, shifted
+from mlp_backprop.maths.runs import DIVERGED, FINISHED, RUNNING, STOPPED
 from mlp_backprop.types import DType
 
-CHUNK, REDUCE, UPDATE, JUDGE = range(4)
-EMA, SWA = 1, 2
-
-
-def _fields(*integers: str, floats: str = "") -> Any:
-    names = [(name, np.int64) for name in " ".join(integers).split()]
-    return np.dtype([*names, *((name, np.float64) for name in floats.split())])
-
-
-STATE = (
-    "vector slots step loss_sum weight_sum grad_norm best best_loss best_epoch average n_averaged "
-    "status loss validation_loss learning_rate grad_norms seconds"
-)
-RUN = _fields(
-    # What every pass is told; the work on a part; records of the members, and of their rows
-    "address job part members data validation n_members n_params n_layers",
-    # Of the task
-    "epochs batch_size patience kind_of_average first_averaged",
-    # The optimizer: address of its part, its options, factors of the rate
-    "update options scale",
-    # How parameters are cut into ranges
-    "n_ranges range_size",
-    # A frame for each worker, with its sums and its g; words for each
-    "frames sums sums_bytes grads grads_bytes words",
-    # When Python called, in nanoseconds. The slice: the members that are open, in turn; when it
-    # ends; how long each may have; after how many steps the clock is looked at; where threads meet
-    # that take the steps of one member together, or 0
-    "began open until quota clock_steps meeting",
-    STATE,
-    floats="max_grad_norm max_sample_norm elapsed",  # no limit is inf
-)
-MEMBER = _fields(
-    # layer_tables of its vector, and of the net that is judged
-    "layers judged",
-    # A ring of orders; how many have been drawn since the run began, the epoch under way
-    "orders n_orders n_drawn epoch",
-    # Rows of a chunk; steps of an epoch, steps to stop at, rates of all steps
-    "chunk_rows validation_chunk_rows steps_per_epoch goal rates",
-    floats="mean_weight",
-)
-DATA = _fields("n X X_row X_column y y_row y_column labels label_step weight weight_step rows")
-FRAME = _fields(
-    "address worker member kind rows n chunk_rows n_chunks layers sums g rate t",
-    floats="factor clip",
-)
-
-run_at, member_at, data_at, frame_at = map(reader, (RUN, MEMBER, DATA, FRAME))
-RUN_BYTES, MEMBER_BYTES, DATA_BYTES, FRAME_BYTES = (
-    dtype.itemsize for dtype in (RUN, MEMBER, DATA, FRAME)
-)
-MOST_RANGES = 8
-TICKET, DONE, CLOSED, MEETING_BYTES = range(0, 512, 128)  # each in a line of the cache of its own
-SPINS = 4000  # two microseconds or so
-sched_yield = types.ExternalFunction("sched_yield", types.int32())
-WORDS = 128  # bytes of a worker's, for the clock
-EPOCH, N_DRAWN = (int(MEMBER.fields[name][1]) for name in ("epoch", "n_drawn"))
-
-PART = types.void(*[types.int64] * 4)
 LEADING, PUBLISH = types.void(*[types.int64] * 3), types.void(*[types.int64] * 2)
 
-# As rows.summing, and into float64 from anything.
-summing = njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
-
-
-@compiled
-def floats(address):
-    return pointer(np.float64, address)
-
-
-@compiled
-def integers(address):
-    return pointer(np.int64, address)
-
-
-@compiled
-def layers_at(run, address):
-    return carray(integers(address), (run.n_layers, 8))
-
-
-# Rows into a tile --------------------------------------------------------------------------------
-
-
-@compiled
-def load_rows(job, data, layers, A, stride, rows, n, m):
-    """Inputs, targets and weights of the n rows of these numbers."""
-    n_in, n_out = layers[0, 1], layers[-1, 2]
-    gather(A, stride, m, data.X, data.X_row, data.X_column, rows, n, n_in)
-    Y, weights = shifted(A, job.Y * stride), shifted(A, job.weights * stride)
-    if data.labels:
-        gather_labels(Y, stride, m, integers(data.labels), data.label_step // 8, rows, n, n_out)
-    else:
-        gather(Y, stride, m, data.y, data.y_row, data.y_column, rows, n, n_out)
-    if data.weight:
-        gather(weights, stride, m, data.weight, data.weight_step, ZERO, rows, n, ONE)
-    else:
-        fill(weights, type(A[0])(1), ONE, n, n)
-        fill(shifted(weights, n), type(A[0])(0), ONE, m - n, m - n)
-
-
-# Parts -------------------------------------------------------------------------------------------
-
-
-def part_pass(sources: int, real: DType) -> Callable[[int, int, int, int], None]:
-    """A part of the work that a frame tells of."""
-
-    def part_pass(run_address, frame_address, part, worker):
-        _ = sources
-        run, frame = run_at(run_address), frame_at(frame_address)
-        job = job_at(run.job)
-        A = pointer(real, job.workspaces + worker * job.workspace_bytes)
-        if frame.kind == REDUCE:
-            reduce(run, frame, A, part)
-        elif frame.kind == UPDATE:
-            update(run, frame, A, part)
-        else:
-            add_rows(run, frame, A, part)
-
-    return part_pass
-
-
-@compiled
-def add_rows(run, frame, A, part):
-    """The sums of a chunk: of the gradients, as the parameters lie, then of losses and weights.
-
-    Of validation rows of the last two alone.
-    """
-    job, is_batch = job_at(run.job), frame.kind == CHUNK
-    tables, n_sums = (run.data, job.n_sums) if is_batch else (run.validation, 2)
-    data, layers = data_at(tables + frame.member * DATA_BYTES), layers_at(run, frame.layers)
-    sums = shifted(floats(frame.sums), part * n_sums)
-    sums[n_sums - 2] = sums[n_sums - 1] = 0.0
-    begin = part * frame.chunk_rows
-    end = min(begin + frame.chunk_rows, frame.n)
-    for start in range(begin, end, job.tile_rows):
-        n = min(job.tile_rows, end - start)
-        m = whole_vectors(n, lanes(A))
-        stride = stride_for(m, lanes(A))
-        load_rows(job, data, layers, A, stride, shifted(integers(frame.rows), start), n, m)
-        forward(job, layers, A, stride, m)
-        sums[n_sums - 2] += output_grads(job, layers, A, stride, m)
-        sums[n_sums - 1] += row_sum(shifted(A, job.weights * stride), m)
-        if is_batch:
-            backward(job, layers, A, stride, n, m)
-            if run.max_sample_norm < inf:
-                clip_samples(run, job, layers, A, stride, m)
-            for l in range(len(layers)):
-                weight_grads(job, layers[l], A, stride, n, m, sums, start == begin)
-
-
-@compiled
-def clip_samples(run, job, layers, A, stride, m):
-    """Equations (P2) to (P4) of maths/samples.py: every D_l times the factor of its row."""
-    c = squared_norms(job, layers, A, stride, m)
-    add_layers(c, len(layers), stride, m)
-    clip_factors(c, type(A[0])(run.max_sample_norm), m)
-    for l in range(len(layers)):
-        multiply_by_row(shifted(A, layers[l, 4] * stride), c, layers[l, 2], stride, m)
-
-
-@compiled
-def range_of(run, part):
-    begin = part * run.range_size
-    return begin, min(begin + run.range_size, run.n_params)
-
-
-@compiled
-def reduce(run, frame, A, part):
-    """The sums of all chunks, in their order; g; and the squares of g, behind g."""
-    begin, end = range_of(run, part)
-    n_sums = run.n_params + 2
-    sums = shifted(floats(frame.sums), begin)
-    for chunk in range(1, frame.n_chunks):
-        more = shifted(sums, chunk * n_sums)
-        for p in range(at(end - begin)):
-            sums[p] += more[p]
-    g = shifted(pointer(A, frame.g), begin)
-    squares = divided(g, sums, frame.factor, end - begin)
-    floats(squares_of(run, frame, A))[part] = squares
-
-
-@compiled
-def squares_of(run, frame, A):
-    """Where they lie, one for each range: behind g, aligned."""
-    return frame.g + (run.n_params * (VECTOR_BYTES // lanes(A)) + 7) // 8 * 8
-
-
-@summing
-def divided(g, sums, factor, n):
-    total = 0.0
-    for p in range(at(n)):
-        g[p] = type(g[0])(sums[p] * factor)
-        total += np.float64(g[p]) * np.float64(g[p])
-    return total
-
-
-@compiled
-def update(run, frame, A, part):
-    """The step of the optimizer, and of the average of all steps."""
-    begin, end = range_of(run, part)
-    n, first = end - begin, frame.member * run.n_params + begin
-    p, g = shifted(pointer(A, run.vector), first), shifted(pointer(A, frame.g), begin)
-    if frame.clip < 1:
-        clip = type(A[0])(frame.clip)
-        for i in range(at(n)):
-            g[i] *= clip
-    s = shifted(pointer(A, run.slots), first)
-    u = shifted(s, run.n_members * run.n_params)
-    scale = shifted(pointer(A, run.scale), begin)
-    call(run.update, (p, g, s, u, scale, run.options, frame.rate, frame.t, n))
-    if run.kind_of_average == EMA:
-        keep = min(EMA_DECAY, (1 + frame.t) / (10 + frame.t))
-        share = type(A[0])(1 - keep)
-        towards(shifted(pointer(A, run.average), first), p, share, n)
-
-
-@compiled
-def towards(average, p, share, n):
-    for i in range(at(n)):
-        average[i] += share * (p[i] - average[i])
+# Where threads meet, each word in a line of the cache of its own.
+TICKET, DONE, CLOSED, MEETING_BYTES = range(0, 512, 128)
+SPINS = 4000  # two microseconds or so
+sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 # A step ------------------------------------------------------------------------------------------

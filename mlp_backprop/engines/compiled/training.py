@@ -1,7 +1,7 @@
 """Training inside compiled calls, one for each slice of time: the compiled engine's Runner.
 
 A call takes steps of all members that are open, in the arrays of the state, and comes back between
-two steps. It is told everything by the records of steps.py, which are written once.
+two steps. It is told everything by the records of records.py, which are written once.
 """
 
 import threading
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlp_backprop.engines import threads
-from mlp_backprop.engines.compiled import engine, parts, steps, team
+from mlp_backprop.engines.compiled import engine, parts, records, step_parts, steps, team
 from mlp_backprop.engines.compiled.drawing import Orders
 from mlp_backprop.engines.compiled.jobs import W_PLACE, job_of
 from mlp_backprop.engines.compiled.layout import Layout, layout
@@ -23,7 +23,7 @@ from mlp_backprop.engines.compiled.schedule import MOST_CHUNKS, batch_chunk_rows
 from mlp_backprop.maths.runs import RUNNING, State, Task
 from mlp_backprop.types import Array, n_params
 
-AVERAGES = {"": 0, "ema": steps.EMA, "swa": steps.SWA}
+AVERAGES = {"": 0, "ema": records.EMA, "swa": records.SWA}
 SLICE = 100_000_000  # nanoseconds after which Python has its turn, for Ctrl-C
 RANGE = 2048  # parameters in a range, at least
 TRY_AGAIN, TRIAL = 10, 0.1  # slices until another number of threads is tried; for which part of one
@@ -51,7 +51,7 @@ class Runner:
         self.task, self.state = task, state
         self.dtype = np.dtype(task.spec.dtype)
         self.kept: list[Array] = []  # what records point to
-        self.run, self.members = np.zeros(1, steps.RUN), np.zeros(task.n_members, steps.MEMBER)
+        self.run, self.members = np.zeros(1, records.RUN), np.zeros(task.n_members, records.MEMBER)
         self.per_epoch = np.array([task.steps_per_epoch(e) for e in range(task.n_members)])
         self.total = task.epochs * self.per_epoch
         self._tell_state()
@@ -75,7 +75,7 @@ class Runner:
         return int(A.ctypes.data) if A.size else 0
 
     def _tell_state(self) -> None:
-        for name in steps.STATE.split():
+        for name in records.STATE.split():
             A = getattr(self.state, name)
             counts = ("step", "best_epoch", "n_averaged", "status")
             vectors = ("vector", "slots", "best", "average")
@@ -87,7 +87,7 @@ class Runner:
     def _tell_task(self) -> None:
         task, run, n = self.task, self.run, n_params(self.task.spec.sizes)
         run["address"] = run.ctypes.data
-        run["part"] = parts.work(steps.part_pass, steps.PART, self.dtype)
+        run["part"] = parts.work(step_parts.part_pass, step_parts.PART, self.dtype)
         run["n_members"], run["n_params"] = task.n_members, n
         run["n_layers"] = len(task.spec.activations)
         run["epochs"], run["batch_size"] = task.epochs, task.batch_size
@@ -102,7 +102,7 @@ class Runner:
         run["options"] = self._address(np.concatenate(options).astype(np.float64))
         scale = 1.0 if task.scale is None else task.scale
         run["scale"] = self._address(np.ascontiguousarray(np.broadcast_to(scale, n), self.dtype))
-        run["n_ranges"] = n_ranges = max(1, min(steps.MOST_RANGES, n // RANGE))
+        run["n_ranges"] = n_ranges = max(1, min(records.MOST_RANGES, n // RANGE))
         run["range_size"] = ceil(n / n_ranges / 16) * 16
 
     def _tell_members(self) -> None:
@@ -129,9 +129,9 @@ class Runner:
     def _tell_data(
         self, X: Array, y: Array, weight: Array | None, rows: Any = None, numbered: bool = False
     ) -> int:
-        """A table of steps.DATA; with the numbers of rows where these do not come as orders."""
+        """A table of records.DATA; with the numbers of rows where these do not come as orders."""
         E = self.task.n_members
-        table = np.zeros(E, steps.DATA)
+        table = np.zeros(E, records.DATA)
         X, y = np.require(X, requirements="A"), np.require(y, requirements="A")
         table["X"] = self._addresses(X, 3)
         table["X_row"], table["X_column"] = X.strides[-2:]
@@ -184,12 +184,12 @@ class Runner:
         n_workers = self.n_workers = min(threads.thread_count(), team.MOST_WORKERS, useful)
         n_frames = min(n_workers, E)  # those who take the steps of one net together share one
         sums = np.empty((n_frames, max(self.n_chunks * (n + 2), 2 * MOST_CHUNKS)))
-        n_squares = (steps.MOST_RANGES + 1) * 8 // self.dtype.itemsize
+        n_squares = (records.MOST_RANGES + 1) * 8 // self.dtype.itemsize
         grads = np.empty((n_frames, n + n_squares), self.dtype)
         run["sums"], run["sums_bytes"] = self._address(sums), sums.strides[0]
         run["grads"], run["grads_bytes"] = self._address(grads), grads.strides[0]
-        run["frames"] = self._address(np.zeros(n_frames, steps.FRAME))
-        run["words"] = self._address(np.zeros((n_workers, steps.WORDS // 8), np.int64))
+        run["frames"] = self._address(np.zeros(n_frames, records.FRAME))
+        run["words"] = self._address(np.zeros((n_workers, records.WORDS // 8), np.int64))
         self._tell_job(places, np.empty((n_workers, places.size), self.dtype))
 
     def _n_judged(self) -> list[int]:
