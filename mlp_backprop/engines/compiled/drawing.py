@@ -17,6 +17,7 @@ from mlp_backprop.types import Array
 RING_BYTES = 1 << 20  # of all members together; but at least two orders of each
 ENDLESS = 1 << 62
 PAUSE = 0.001  # seconds until another look for room
+MOST_LOOKS = 1000  # in vain: steps are long, or an interrupt has kept anyone from saying it is over
 
 
 class Orders:
@@ -76,12 +77,14 @@ class Orders:
 
     def draw_ahead(self, members: Array, over: threading.Event) -> None:
         """In rounds."""
-        while not over.is_set():
-            short = self.with_room(members)
-            for e in short.tolist():
+        looks = 0
+        while not over.is_set() and looks < MOST_LOOKS:
+            short = self.with_room(members).tolist()
+            for e in short:
                 if not over.is_set():
                     self.draw(e)
-            if not len(short):
+            if not short:
+                looks += 1
                 over.wait(PAUSE)
 
     def with_room(self, members: Array, part: float = 1.0) -> Array:

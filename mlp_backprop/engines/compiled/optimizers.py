@@ -1,7 +1,7 @@
 """The table of optimizers once more, as loops over a vector of parameters, in its dtype.
 
 A row turns the gradient g, in its place, into the direction of the step; `move` takes the step
-along it. Equations and slots are those of maths/optimizers.py, whose tests hold them together.
+along it. Equations and slots are those of maths/optimizers.py.
 `rate` and `options` are addresses of float64; `scale` has a factor of the rate for each parameter.
 Few arrays in one loop: with more, LLVM does not vectorise it.
 """

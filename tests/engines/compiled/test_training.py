@@ -17,8 +17,9 @@ from mlp_backprop.backprop import Spec
 from mlp_backprop.derivatives.gradients import compute_grads
 from mlp_backprop.derivatives.per_sample import clipped_grads
 from mlp_backprop.engines import choice, orders, threads
-from mlp_backprop.engines.compiled import drawing, optimizers, team, training
+from mlp_backprop.engines.compiled import drawing, optimizers, schedule, team, training
 from mlp_backprop.engines.compiled.engine import by_layer
+from mlp_backprop.engines.compiled.layout import layout
 from mlp_backprop.losses import LOSSES
 from mlp_backprop.maths.runs import DIVERGED, FINISHED, RUNNING, STOPPED, State, Task
 from mlp_backprop.types import flat, n_params
@@ -368,6 +369,34 @@ def test_no_copy_of_the_data_is_asked_for():
     assert_same(compiled(strided, state), expected)
 
 
+def test_labels_as_they_lie():
+    options = {"loss": "softmax_cross_entropy", "sizes": (3, 5, 4), "optimizer": sgd()}
+    task, state = run_of(**options)
+    rng = np.random.default_rng(8)
+    validation = rng.normal(size=(11, 3)), rng.integers(4, size=11), None
+    task = task._replace(validation=validation)
+    expected = compiled(task, deepcopy(state))
+    assert_close(expected, plain(task, deepcopy(state)))
+    spread = np.full((23, 3), 99, np.int16)
+    spread[:, 1] = task.y
+    strided = task._replace(
+        y=spread[:, 1], validation=(validation[0], np.uint8(validation[1]), None)
+    )
+    assert_same(compiled(strided, state), expected)
+
+
+@pytest.mark.parametrize("sizes", [(2, 10, 5, 1), (8, 32, 32, 1), (64, 64, 64, 1), (700, 200, 9)])
+def test_a_batch_is_cut_by_its_own_size_alone(sizes):
+    """A workspace for more rows, of other members or for validation, changes no chunk or tile."""
+    for n in (1, 7, 31, 64, 100, 200, 255, 256, 300, 1000, 5000):
+        cuts = set()
+        for most in (n, n + 5, 2 * n, 10 * n):
+            tile_rows = layout(sizes, most, np.dtype(np.float32)).tile_rows
+            rows = schedule.batch_chunk_rows(n, tile_rows, schedule.operations(sizes, 3), 10_000)
+            cuts.add((rows, min(rows, n, tile_rows)))
+        assert len(cuts) == 1, n
+
+
 # Members -----------------------------------------------------------------------------------------
 
 
@@ -394,6 +423,13 @@ def test_members_are_single_runs_bit_for_bit():
         )  # fmt: skip
         single = compiled(alone, member(state, e))
         assert_same(single, member(all_of_them, e))
+
+
+def test_labels_of_their_own():
+    task, state = run_of(members=2, own=True, loss="softmax_cross_entropy", optimizer=sgd())
+    assert task.y.shape == (2, 23)
+    assert not np.array_equal(task.y[0], task.y[1])
+    assert_close(compiled(task, deepcopy(state)), plain(task, state))
 
 
 def member(state, e):
