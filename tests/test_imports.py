@@ -43,6 +43,7 @@ IMPORTS = {
     "maths": ("", ""),
     "maths.optimizers": ("types", ""),
     "maths.jets": ("activations backprop types", ""),
+    "maths.runs": ("backprop types", ""),
     "maths.row_blocks": ("types", ""),
     "maths.samples": ("backprop types", ""),
     "maths.tangents": ("backprop losses types", ""),
@@ -81,18 +82,26 @@ IMPORTS = {
         "engines.compiled.formulas engines.compiled.third_derivatives engines.compiled.vectors",
         "numba numpy",
     ),
+    "engines.compiled.optimizers": (
+        "engines.compiled.formulas engines.compiled.rows engines.compiled.vectors",
+        "numpy",
+    ),
     "engines.compiled.curvatures": (
         "engines.compiled.formulas engines.compiled.rows losses",
         "numba",
     ),
     "engines.compiled.parts": (
-        "engines.compiled.curvatures engines.compiled.formulas engines.compiled.products "
-        "engines.compiled.rows types",
+        "engines.compiled.curvatures engines.compiled.formulas engines.compiled.optimizers "
+        "engines.compiled.products engines.compiled.rows types",
         "numba numpy",
     ),
     "engines.compiled.jobs": (
         "backprop engines.compiled.formulas engines.compiled.layout engines.compiled.parts "
         "engines.compiled.rows engines.compiled.vectors types",
+        "numba numpy",
+    ),
+    "engines.compiled.records": (
+        "engines.compiled.formulas engines.compiled.jobs engines.compiled.vectors",
         "numba numpy",
     ),
     "engines.compiled.tiles": (
@@ -136,6 +145,7 @@ IMPORTS = {
     "engines.memory": ("", "numpy"),
     "engines.schedule": ("backprop", ""),
     "engines.threads": ("", "threadpoolctl"),
+    "engines.orders": ("maths.runs types", "numpy"),
     "engines.compiled.team": ("engines.compiled.parts engines.threads", "llvmlite numba"),
     "engines.compiled.passes": (
         "backprop edge.arguments edge.rules engines.compiled.jobs engines.compiled.kernels "
@@ -168,6 +178,30 @@ IMPORTS = {
         "engines.compiled.vectors types",
         "numpy",
     ),
+    "engines.compiled.step_parts": (
+        "engines.compiled.first_order engines.compiled.formulas engines.compiled.jobs "
+        "engines.compiled.layout engines.compiled.records engines.compiled.rows "
+        "engines.compiled.tiles engines.compiled.vectors maths.runs types",
+        "numba numpy",
+    ),
+    "engines.compiled.steps": (
+        "engines.compiled.formulas engines.compiled.jobs engines.compiled.records "
+        "engines.compiled.rows engines.compiled.step_parts engines.compiled.team "
+        "engines.compiled.tiles engines.compiled.vectors maths.runs types",
+        "numba",
+    ),
+    "engines.compiled.drawing": (
+        "engines.compiled.parts engines.compiled.records engines.compiled.steps "
+        "engines.orders maths.runs types",
+        "numpy",
+    ),
+    "engines.compiled.training": (
+        "engines.compiled.drawing engines.compiled.engine engines.compiled.jobs "
+        "engines.compiled.layout engines.compiled.optimizers engines.compiled.parts "
+        "engines.compiled.records engines.compiled.schedule engines.compiled.step_parts "
+        "engines.compiled.steps engines.compiled.team engines.threads maths.runs types",
+        "numpy",
+    ),
     "engines.compiled.jet_grads": (
         "backprop engines.compiled.engine engines.compiled.formulas engines.compiled.jets "
         "engines.compiled.jobs engines.compiled.layout engines.compiled.parts "
@@ -191,9 +225,9 @@ IMPORTS = {
     "engines.choice": (
         "backprop edge.backends edge.kinds edge.rules engines.compiled.engine "
         "engines.compiled.first_order engines.compiled.jet_grads engines.compiled.jets "
-        "engines.compiled.second_order engines.cuda.engine engines.numpy_products "
-        "engines.numpy_tiles engines.schedule engines.threads maths.row_blocks "
-        "maths.samples maths.tangents types",
+        "engines.compiled.second_order engines.compiled.training engines.cuda.engine "
+        "engines.numpy_products engines.numpy_tiles engines.schedule engines.threads "
+        "maths.row_blocks maths.runs maths.samples maths.tangents types",
         "numpy",
     ),
     "engines.members": ("backprop engines.choice types", "numpy"),
@@ -345,8 +379,11 @@ ONLY_IN = {
         "engines.compiled.kernels",
         "engines.compiled.parts",
         "engines.compiled.products",
+        "engines.compiled.records",
         "engines.compiled.rows",
         "engines.compiled.second_order",
+        "engines.compiled.step_parts",
+        "engines.compiled.steps",
         "engines.compiled.team",
         "engines.compiled.vectors",
     },

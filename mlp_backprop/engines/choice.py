@@ -33,6 +33,7 @@ from mlp_backprop.engines import numpy_products, numpy_tiles, threads
 from mlp_backprop.engines.schedule import SMALLEST_DIVIDED_PRODUCT, most_chunks
 from mlp_backprop.maths import samples, tangents
 from mlp_backprop.maths.row_blocks import added_layers, concatenated, row_blocks, rows_of
+from mlp_backprop.maths.runs import State, Task
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.maths.tangents import Kind
 from mlp_backprop.types import Array, Layer, Layers, LossAndGrads
@@ -112,6 +113,15 @@ def is_for_numba(spec: Spec, backend: str | None) -> bool:
     from mlp_backprop.engines.compiled import engine
 
     return engine.covers(spec)
+
+
+def training(task: Task, state: State, backend: str | None) -> Any:
+    """The compiled Runner, whose `advance` takes steps in `state`; None for the reference."""
+    if backend != "numba":
+        return None
+    from mlp_backprop.engines.compiled import training as compiled
+
+    return compiled.Runner(task, state) if compiled.covers(task) else None
 
 
 class _Kept(threading.local):

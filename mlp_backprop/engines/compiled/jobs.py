@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numba import carray, from_dtype, types
@@ -53,7 +54,6 @@ W_PLACE = 6  # in a row of the layer_table
 
 JOB = np.dtype([(name, np.int64) for name in FIELDS])
 PLACE = {name: k for k, name in enumerate(FIELDS)}
-_record = from_dtype(JOB)
 
 
 class Job:
@@ -141,19 +141,25 @@ def layer_table(params: list[Layer], names: list[str], dtype: DType) -> Array:
     return np.array(table, np.int64)
 
 
-@intrinsic
-def _record_at(typing_context, address):
-    result = types.CPointer(_record)
+def reader(dtype: np.dtype[Any]) -> Any:
+    """A compiled function that gives the record of such fields at an address."""
+    record = types.CPointer(from_dtype(dtype))
 
-    def instructions(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(result))
+    @intrinsic
+    def pointer_to(typing_context, address):
+        def instructions(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(record))
 
-    return result(types.intp), instructions
+        return record(types.intp), instructions
+
+    @compiled
+    def record_at(address):
+        return carray(pointer_to(address), 1)[0]
+
+    return record_at
 
 
-@compiled
-def job_at(address):
-    return carray(_record_at(address), 1)[0]
+job_at = reader(JOB)
 
 
 @compiled

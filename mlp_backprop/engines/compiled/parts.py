@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numba import cfunc, from_dtype, njit, types
 
-from mlp_backprop.engines.compiled import curvatures, products, rows
+from mlp_backprop.engines.compiled import curvatures, optimizers, products, rows
 from mlp_backprop.engines.compiled.formulas import OPTIONS
 from mlp_backprop.types import DType
 
@@ -125,4 +125,5 @@ PARTS: dict[str, tuple[Callable[..., Callable[..., None]], str]] = {
     "jet": (rows.jet, "nnAAAnnnnn"),
     "jet_up": (rows.jet_up, "nAAAAnnnnn"),
     "jet_down": (rows.jet_down, "nAAAAAnnnnn"),
+    "update": (optimizers.update, "AAAAAnnnn"),
 }

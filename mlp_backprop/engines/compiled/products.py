@@ -254,3 +254,20 @@ def transpose(C, C_row, A, A_row, n_rows, n_columns):
     for r in range(0, n_rows, lanes(C)):
         for c in range(0, n_columns, lanes(C)):
             _transpose_square(shifted(C, c * C_row + r), C_row, shifted(A, r * A_row + c), A_row)
+
+
+@intrinsic
+def gather_square(typing_context, C, C_row, A, A_row, rows):
+    """C[c, r] = A[rows[r], c], of one square."""
+
+    def instructions(context, builder, signature, arguments):
+        C, C_row, A, A_row, numbers = arguments
+        vectors = Vectors(builder, signature.args[0].dtype)
+        lanes = range(vectors.lanes)
+        places = [builder.load(builder.gep(numbers, [I64(r)])) for r in lanes]
+        rows = [vectors.load(A, builder.mul(A_row, place)) for place in places]
+        for c, vector in enumerate(vectors.transposed(rows)):
+            vectors.store(vector, C, builder.mul(C_row, I64(c)))
+        return context.get_dummy_value()
+
+    return types.void(C, types.intp, C, types.intp, rows), instructions

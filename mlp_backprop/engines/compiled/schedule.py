@@ -31,3 +31,25 @@ def chunks(n: int, tile_rows: int, operations_of_row: float, n_sums: int = 0) ->
     n_chunks = min(most, int(work // CHUNK_OPERATIONS))
     rows = math.ceil(n / (n_chunks * tile_rows)) * tile_rows
     return math.ceil(n / rows), rows
+
+
+# In training threads stay together from step to step, and a chunk need not pay for waking them: it
+# is worth 10 us or more. But sums that every chunk keeps cost as much as some rows do, so a chunk
+# has at least so many, or half of the batch; and it has whole tiles once these make eight.
+BATCH_CHUNK_OPERATIONS = 400_000
+CHUNK_ROWS = 64
+MANY_TILES = 8
+LANES = 8  # numbers in the longest vector: of rows beside them a chunk has nothing
+
+
+def batch_chunk_rows(n: int, tile_rows: int, operations_of_row: float, n_sums: int = 0) -> int:
+    """Of how many rows the chunks of a batch are, each with so many sums: nearly the same."""
+    most = min(MOST_CHUNKS, max(4, CHUNK_BYTES // (8 * n_sums + 1)))
+    n_chunks = min(most, int(n * operations_of_row // BATCH_CHUNK_OPERATIONS))
+    if n_chunks < 2:
+        return n
+    least = max(CHUNK_ROWS, min(tile_rows, n // MANY_TILES))
+    n_chunks = max(2, min(n_chunks, math.ceil(n / least)))
+    rows = math.ceil(n / n_chunks)
+    step = tile_rows if rows > tile_rows else LANES
+    return math.ceil(rows / step) * step

@@ -8,8 +8,13 @@ import numpy as np
 
 from mlp_backprop.engines.compiled.formulas import compiled
 from mlp_backprop.engines.compiled.layout import whole_vectors
-from mlp_backprop.engines.compiled.products import COLUMN, NOTHING, transpose
-from mlp_backprop.engines.compiled.rows import dot, fill, multiply, multiply_by_row, row_sum
+from mlp_backprop.engines.compiled.products import (
+    COLUMN,
+    NOTHING,
+    gather_square,
+    transpose,
+)
+from mlp_backprop.engines.compiled.rows import at, dot, fill, multiply, multiply_by_row, row_sum
 from mlp_backprop.engines.compiled.vectors import VECTOR_BYTES, call, lanes, pointer, shifted
 
 # The gradient of a layer narrower than this, on either side, is one of dots; else a product with
@@ -50,6 +55,35 @@ def load_labels(A, stride, m, labels, step, n, n_classes):
         else:
             known = False
     return known
+
+
+@compiled
+def gather(A, stride, m, address, row_bytes, column_bytes, rows, n, n_columns):
+    """As `load`, of the rows of these numbers."""
+    number = VECTOR_BYTES // lanes(A)
+    squares, columns = 0, 0
+    if column_bytes == number and row_bytes % number == 0:
+        squares, columns = n - n % lanes(A), n_columns - n_columns % lanes(A)
+        X, row = pointer(A, address), row_bytes // number
+        for t in range(0, squares, lanes(A)):
+            for j in range(0, columns, lanes(A)):
+                C = shifted(A, j * stride + t)
+                gather_square(C, stride, shifted(X, j), row, shifted(rows, t))
+    for j in range(n_columns):
+        for t in range(squares if j < columns else 0, n):
+            A[j * stride + t] = pointer(A, address + rows[t] * row_bytes + j * column_bytes)[0]
+        for t in range(n, m):
+            A[j * stride + t] = 0
+
+
+@compiled
+def gather_labels(A, stride, m, labels, step, rows, n, n_classes):
+    """A 1 in the row of a sample's class, if there is such a row."""
+    fill(A, type(A[0])(0), n_classes, stride, m)
+    for t in range(n):
+        k = labels[rows[t] * step]
+        if 0 <= k < n_classes:
+            A[k * stride + t] = 1
 
 
 # To arrays for the caller ------------------------------------------------------------------------
@@ -123,20 +157,21 @@ def backward(job, layers, A, stride, n, m):
 
 
 @compiled
-def weight_grads(job, layer, A, stride, n, m, sums):
-    """Equations (1) and (2), D_l H_{l-1}ᵀ and D_l 1, added to sums."""
+def weight_grads(job, layer, A, stride, n, m, sums, are_new=False):
+    """Equations (1) and (2), D_l H_{l-1}ᵀ and D_l 1, added to sums, or in their place."""
     _, n_in, n_out, h, d, place, _, _ = layer
     D, H = shifted(A, d * stride), shifted(A, (h - n_in) * stride)
     dW = shifted(sums, place)
     db = shifted(dW, n_out * n_in)
-    add_products(job, A, D, n_out, H, n_in, stride, n, m, dW)
+    add_products(job, A, D, n_out, H, n_in, stride, n, m, dW, are_new)
     for o in range(n_out):
-        db[o] += row_sum(shifted(D, o * stride), m)
+        total = row_sum(shifted(D, o * stride), m)
+        db[o] = total if are_new else db[o] + total
 
 
 @compiled
-def add_products(job, A, D, n_out, H, n_in, stride, n, m, dW):
-    """D Hᵀ, of rows of a tile, added to dW."""
+def add_products(job, A, D, n_out, H, n_in, stride, n, m, dW, are_new=False):
+    """D Hᵀ, of rows of a tile, added to dW, or in its place."""
     T, P, row = shifted(A, job.T), shifted(A, job.P), n_in
     if n_in < NARROW or n_out < NARROW:
         call(job.dots, (P, row, D, stride, H, stride, n_out, n_in, m))
@@ -145,5 +180,10 @@ def add_products(job, A, D, n_out, H, n_in, stride, n, m, dW):
         transpose(T, row, H, stride, n_in, m)
         call(job.product, (NOTHING, P, P, row, D, stride, 1, T, row, n_out, n, row))
     for o in range(n_out):
-        for i in range(n_in):
-            dW[o * n_in + i] += P[o * row + i]
+        sums, products = shifted(dW, o * n_in), shifted(P, o * row)
+        if are_new:
+            for i in range(at(n_in)):
+                sums[i] = products[i]
+        else:
+            for i in range(at(n_in)):
+                sums[i] += products[i]
