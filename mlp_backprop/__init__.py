@@ -31,9 +31,11 @@ The derivation is in backprop.py; the table of contents is here:
     ravel_params            parameters as one vector
     unravel_params          and back
 
+    train                   a whole training run, of one net or many
     optimizers              Adam and others, for loops of one's own
     schedules               learning rates, one for each step, as arrays
     plot_history            the losses of a run, drawn
+
     stack_params            parameters of many nets as one, for many nets in one call
     unstack_params          and back
     ensemble_forward        mean and standard deviation of what they predict
@@ -66,12 +68,16 @@ from mlp_backprop.nets.initial import init_params
 from mlp_backprop.nets.members import stack_params, unstack_params
 from mlp_backprop.nets.vectors import ravel_params, unravel_params
 from mlp_backprop.training import optimizers, schedules
-from mlp_backprop.training.pictures import plot_history
 from mlp_backprop.training.ensembles import MeanAndStd, ensemble_forward
+from mlp_backprop.training.pictures import plot_history
+from mlp_backprop.training.results import EpochInfo, History, TrainResult
+from mlp_backprop.training.train import train
 from mlp_backprop.types import Layer, LossAndGrads, Net, Params
 
 __all__ = [
     "BackendStatus",
+    "EpochInfo",
+    "History",
     "Layer",
     "LossAndGrads",
     "MeanAndStd",
@@ -79,6 +85,7 @@ __all__ = [
     "Params",
     "PreparedGrads",
     "Trace",
+    "TrainResult",
     "backends",
     "check_grads",
     "clipped_grads",
@@ -110,6 +117,7 @@ __all__ = [
     "sobolev_grads",
     "stack_params",
     "trace",
+    "train",
     "unravel_params",
     "unstack_params",
     "vjp",

@@ -41,10 +41,10 @@ IMPORTS = {
     "backprop": ("activations losses types", ""),
     # maths
     "maths": ("", ""),
-    "maths.optimizers": ("types", ""),
     "maths.jets": ("activations backprop types", ""),
-    "maths.runs": ("backprop types", ""),
+    "maths.optimizers": ("types", ""),
     "maths.row_blocks": ("types", ""),
+    "maths.runs": ("backprop types", ""),
     "maths.samples": ("backprop types", ""),
     "maths.tangents": ("backprop losses types", ""),
     "maths.hessians": ("backprop maths.tangents types", ""),
@@ -65,7 +65,7 @@ IMPORTS = {
     "nets": ("types", ""),
     "nets.members": ("edge.arguments edge.members edge.rules types", ""),
     "nets.initial": ("edge.arguments nets.members types", "numpy"),
-    "nets.vectors": ("edge.arguments types", ""),
+    "nets.vectors": ("edge.arguments types", "numpy"),
     # engines
     "engines": ("", ""),
     "engines.compiled": ("", ""),
@@ -82,13 +82,13 @@ IMPORTS = {
         "engines.compiled.formulas engines.compiled.third_derivatives engines.compiled.vectors",
         "numba numpy",
     ),
-    "engines.compiled.optimizers": (
-        "engines.compiled.formulas engines.compiled.rows engines.compiled.vectors",
-        "numpy",
-    ),
     "engines.compiled.curvatures": (
         "engines.compiled.formulas engines.compiled.rows losses",
         "numba",
+    ),
+    "engines.compiled.optimizers": (
+        "engines.compiled.formulas engines.compiled.rows engines.compiled.vectors",
+        "numpy",
     ),
     "engines.compiled.parts": (
         "engines.compiled.curvatures engines.compiled.formulas engines.compiled.optimizers "
@@ -143,9 +143,9 @@ IMPORTS = {
         "cupy numpy",
     ),
     "engines.memory": ("", "numpy"),
+    "engines.orders": ("maths.runs types", "numpy"),
     "engines.schedule": ("backprop", ""),
     "engines.threads": ("", "threadpoolctl"),
-    "engines.orders": ("maths.runs types", "numpy"),
     "engines.compiled.team": ("engines.compiled.parts engines.threads", "llvmlite numba"),
     "engines.compiled.passes": (
         "backprop edge.arguments edge.rules engines.compiled.jobs engines.compiled.kernels "
@@ -178,6 +178,21 @@ IMPORTS = {
         "engines.compiled.vectors types",
         "numpy",
     ),
+    "engines.compiled.jet_grads": (
+        "backprop engines.compiled.engine engines.compiled.formulas engines.compiled.jets "
+        "engines.compiled.jobs engines.compiled.layout engines.compiled.parts "
+        "engines.compiled.passes engines.compiled.products engines.compiled.rows "
+        "engines.compiled.tiles engines.compiled.vectors types",
+        "numpy",
+    ),
+    "engines.compiled.second_order": (
+        "backprop engines.compiled.curvatures engines.compiled.engine "
+        "engines.compiled.formulas engines.compiled.jobs engines.compiled.kernels "
+        "engines.compiled.layout engines.compiled.parts engines.compiled.passes "
+        "engines.compiled.products engines.compiled.rows engines.compiled.tiles "
+        "engines.compiled.vectors maths.tangents types",
+        "numba numpy",
+    ),
     "engines.compiled.step_parts": (
         "engines.compiled.first_order engines.compiled.formulas engines.compiled.jobs "
         "engines.compiled.layout engines.compiled.records engines.compiled.rows "
@@ -201,21 +216,6 @@ IMPORTS = {
         "engines.compiled.records engines.compiled.schedule engines.compiled.step_parts "
         "engines.compiled.steps engines.compiled.team engines.threads maths.runs types",
         "numpy",
-    ),
-    "engines.compiled.jet_grads": (
-        "backprop engines.compiled.engine engines.compiled.formulas engines.compiled.jets "
-        "engines.compiled.jobs engines.compiled.layout engines.compiled.parts "
-        "engines.compiled.passes engines.compiled.products engines.compiled.rows "
-        "engines.compiled.tiles engines.compiled.vectors types",
-        "numpy",
-    ),
-    "engines.compiled.second_order": (
-        "backprop engines.compiled.curvatures engines.compiled.engine "
-        "engines.compiled.formulas engines.compiled.jobs engines.compiled.kernels "
-        "engines.compiled.layout engines.compiled.parts engines.compiled.passes "
-        "engines.compiled.products engines.compiled.rows engines.compiled.tiles "
-        "engines.compiled.vectors maths.tangents types",
-        "numba numpy",
     ),
     "engines.numpy_products": (
         "backprop engines.numpy_tiles engines.schedule engines.shared_products "
@@ -271,16 +271,48 @@ IMPORTS = {
     # training
     "training": ("", ""),
     "training.arguments": ("edge.arguments edge.kinds edge.numbers types", "numpy"),
+    "training.batches": ("edge.backends engines.orders maths.runs types", "numpy"),
+    "training.ensembles": (
+        "backprop edge.calls edge.rules edge.validation engines.members types",
+        "",
+    ),
     "training.optimizers": (
         "edge.arguments edge.calls edge.numbers maths.optimizers nets.vectors "
         "training.arguments types",
         "numpy",
     ),
+    "training.passes": (
+        "backprop edge.backends engines.choice maths.runs nets.vectors types",
+        "numpy",
+    ),
+    "training.lbfgs": (
+        "edge.backends edge.calls maths.optimizers maths.runs nets.vectors training.batches "
+        "training.passes types",
+        "numpy scipy",
+    ),
     "training.pictures": ("types", "matplotlib numpy"),
+    "training.progress": ("", "rich"),
+    "training.reference": (
+        "edge.backends edge.calls maths.runs nets.vectors training.batches training.passes types",
+        "numpy",
+    ),
+    "training.results": ("maths.runs types", "numpy"),
     "training.schedules": ("edge.numbers types", "numpy"),
-    "training.ensembles": (
-        "backprop edge.calls edge.rules edge.validation engines.members types",
-        "",
+    "training.checked": (
+        "backprop edge.arguments edge.backends edge.numbers edge.validation "
+        "maths.optimizers maths.runs nets.vectors training.lbfgs training.optimizers "
+        "training.schedules types",
+        "numpy",
+    ),
+    "training.states": (
+        "edge.backends edge.calls maths.runs nets.vectors training.batches training.passes types",
+        "numpy",
+    ),
+    "training.train": (
+        "edge.arguments edge.backends edge.numbers engines.choice maths.runs nets.vectors "
+        "training.checked training.lbfgs training.progress training.reference "
+        "training.results training.states types",
+        "numpy",
     ),
     # checks
     "checks": ("", ""),
@@ -300,10 +332,9 @@ IMPORTS = {
     "mlp_backprop": (
         "checks.checking derivatives.curvature derivatives.gradients derivatives.inputs "
         "derivatives.per_sample derivatives.prepared derivatives.products "
-        "derivatives.residuals edge.backends engines.memory nets.initial nets.vectors "
-        "training.optimizers training.pictures training.schedules types",
         "derivatives.residuals edge.backends engines.memory nets.initial nets.members "
-        "nets.vectors training.ensembles types",
+        "nets.vectors training.ensembles training.optimizers training.pictures "
+        "training.results training.schedules training.train types",
         "",
     ),
     # bench
@@ -387,8 +418,8 @@ ONLY_IN = {
         "engines.compiled.team",
         "engines.compiled.vectors",
     },
-    "rich": {"programs.screens"},
-    "scipy": {"derivatives.curvature"},
+    "rich": {"programs.screens", "training.progress"},
+    "scipy": {"derivatives.curvature", "training.lbfgs"},
     "sklearn": {"bench.contenders", "programs.examples"},
     "threadpoolctl": {"engines.threads", "bench.environment"},
     "torch": {"bench.contenders", "checks.torch_reference"},

@@ -7,14 +7,13 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Unpack
 
-from mlp_backprop import backprop
-from mlp_backprop.backprop import Spec, Sums
+from mlp_backprop.backprop import Spec
 from mlp_backprop.edge import validation
 from mlp_backprop.edge.arguments import type_name
 from mlp_backprop.edge.calls import public
 from mlp_backprop.engines import choice, members
 from mlp_backprop.maths import samples
-from mlp_backprop.maths.row_blocks import added_blocks, concatenated
+from mlp_backprop.maths.row_blocks import concatenated
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.types import (
     Array,
@@ -199,20 +198,7 @@ def clipped_grads(
     """
     max_norm = _checked_norm(max_norm)
     spec, layers, X, y, weight = validation.problem(params, X, y, **options)
-    compiled = choice.first_order(spec, options.get("backend"))
-    if compiled:
-        result: LossAndGrads = compiled.clipped_grads(spec, layers, X, y, weight, max_norm)
-        return result
-    total: list[tuple[Array | float, list[Layer]]] = []
-
-    def add(loss: Array | float, factors: Iterable[Factors]) -> None:
-        block = loss, samples.clipped_sums(spec, factors, max_norm)
-        total[:] = [added_blocks([*total, block])]
-
-    choice.for_each_sweep(spec, layers, X, y, weight, add)
-    [(loss_sum, grads)] = total
-    sums = Sums(loss_sum, backprop.weight_sum(spec, X, weight), grads)
-    return backprop.reduced(spec, sums)
+    return choice.clipped_grads(spec, options.get("backend"), max_norm, layers, X, y, weight)
 
 
 def _checked_norm(max_norm: object) -> float:

@@ -32,7 +32,13 @@ from mlp_backprop.edge.rules import check_values
 from mlp_backprop.engines import numpy_products, numpy_tiles, threads
 from mlp_backprop.engines.schedule import SMALLEST_DIVIDED_PRODUCT, most_chunks
 from mlp_backprop.maths import samples, tangents
-from mlp_backprop.maths.row_blocks import added_layers, concatenated, row_blocks, rows_of
+from mlp_backprop.maths.row_blocks import (
+    added_blocks,
+    added_layers,
+    concatenated,
+    row_blocks,
+    rows_of,
+)
 from mlp_backprop.maths.runs import State, Task
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.maths.tangents import Kind
@@ -283,6 +289,32 @@ def for_each_sweep(
         for rows in row_blocks(spec.xp, X, row_numbers * math.prod(members)):
             block = X[..., rows, :], y[(*all_members, rows, ...)], rows_of(weight, rows)
             use(*samples.sweep(spec, params, *block))
+
+
+def clipped_grads(
+    spec: Spec,
+    backend: str | None,
+    max_norm: float,
+    params: Layers,
+    X: Array,
+    y: Array,
+    weight: Array | None,
+) -> LossAndGrads:
+    """The loss, and the sum or mean of the samples' gradients, each clipped to a norm."""
+    compiled = first_order(spec, backend)
+    if compiled:
+        result: LossAndGrads = compiled.clipped_grads(spec, params, X, y, weight, max_norm)
+        return result
+    total: list[tuple[Array | float, Layers]] = []
+
+    def add(loss: Array | float, factors: Iterator[Factors]) -> None:
+        block = loss, samples.clipped_sums(spec, factors, max_norm)
+        total[:] = [added_blocks([*total, block])]
+
+    for_each_sweep(spec, params, X, y, weight, add)
+    [(loss_sum, grads)] = total
+    sums = backprop.Sums(loss_sum, backprop.weight_sum(spec, X, weight), grads)
+    return backprop.reduced(spec, sums)
 
 
 def jacobian_product(spec: Spec, params: Layers, v: Layers, X: Array, backend: str | None) -> Array:

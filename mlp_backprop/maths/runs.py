@@ -26,7 +26,7 @@ class Task(NamedTuple):
 
     spec: Spec  # of one net, asked for sums
     X: Array  # (n, d_0); a member's own: (E, n, d_0)
-    y: Array  # (n, d_L), or labels (n,); a member's own: one more axis in front
+    y: Array  # (n, d_L), or labels (n,); of each member: with E in front
     weight: Array | None  # (n,)
     n_members: int
     optimizer: Any  # a row of optimizers.py
@@ -43,6 +43,17 @@ class Task(NamedTuple):
     average: str = ""  # "ema", "swa"
     max_grad_norm: float | None = None
     max_sample_norm: float | None = None
+
+    @property
+    def own_X(self) -> bool:
+        """Whether each member has its own."""
+        return bool(self.X.ndim == 3)
+
+    @property
+    def own_y(self) -> bool:
+        """The same of y."""
+        is_class = self.spec.xp.isdtype(self.y.dtype, "integral")
+        return bool(self.y.ndim == (2 if is_class else 3))
 
     def n_rows(self, member: int) -> int:
         """How many rows this member is trained on."""

@@ -5,6 +5,10 @@ nn.Linear. Axes in front are kept: those of per-sample gradients, Jacobians, sta
 """
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
 
 from mlp_backprop.edge.arguments import common_dtype, common_home, read, read_params
 from mlp_backprop.types import Array, ArrayLike, Layer, Namespace, Params, flat
@@ -120,3 +124,12 @@ def unravel(xp: Namespace, x: Array, params: list[Layer]) -> list[Layer]:
         begin, end = end, end + math.prod(A.shape)
         parts.append(xp.reshape(x[..., begin:end], (*in_front, *A.shape)))
     return [Layer(W, b) for W, b in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def layers_like(sizes: Sequence[int]) -> list[Layer]:
+    """Layers of these widths, for their shapes alone: they take no memory."""
+    nothing = np.empty(())
+    return [
+        Layer(np.broadcast_to(nothing, (n_out, n_in)), np.broadcast_to(nothing, (n_out,)))
+        for n_in, n_out in pairwise(sizes)
+    ]

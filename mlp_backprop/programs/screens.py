@@ -1,4 +1,4 @@
-"""What the command line shows in a terminal. The only file that imports rich.
+"""What the command line shows in a terminal, by rich.
 
 Laid out for 80 columns; a wider terminal shows more entries beside one another.
 """
