@@ -299,7 +299,7 @@ IMPORTS = {
     "training.results": ("maths.runs types", "numpy"),
     "training.schedules": ("edge.numbers types", "numpy"),
     "training.checked": (
-        "backprop edge.arguments edge.backends edge.numbers edge.validation "
+        "backprop edge.arguments edge.backends edge.numbers edge.validation engines.orders "
         "maths.optimizers maths.runs nets.vectors training.lbfgs training.optimizers "
         "training.schedules types",
         "numpy",

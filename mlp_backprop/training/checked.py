@@ -10,6 +10,7 @@ import numpy as np
 from mlp_backprop.backprop import Spec
 from mlp_backprop.edge import backends, numbers, validation
 from mlp_backprop.edge.arguments import read, table_row, type_name
+from mlp_backprop.engines.orders import MOST_SEED, NO_EPOCH, permutation
 from mlp_backprop.maths.optimizers import Optimizer
 from mlp_backprop.maths.runs import Task
 from mlp_backprop.nets.vectors import ravel
@@ -124,8 +125,15 @@ def seeds_of(seed: Any, data: Data) -> tuple[int, ...]:
         if data.is_one or len(seed) != data.n_members:
             have = "one net" if data.is_one else f"{data.n_members} members"
             raise ValueError(f"seed has {len(seed)} entries for {have}: pass an integer for all")
-        return tuple(numbers.whole(f"seed[{e}]", value, 0) for e, value in enumerate(seed))
-    return (numbers.whole("seed", seed, 0),) * data.n_members
+        return tuple(_seed(f"seed[{e}]", value) for e, value in enumerate(seed))
+    return (_seed("seed", seed),) * data.n_members
+
+
+def _seed(name: str, value: Any) -> int:
+    seed = numbers.whole(name, value)
+    if seed > MOST_SEED:
+        raise ValueError(f"{name} must be below 2**64, got {seed}")
+    return seed
 
 
 def rows_of(rows: Any, data: Data) -> tuple[Array, ...] | None:
@@ -310,8 +318,7 @@ def _labels(data: Data, member: int) -> Array | None:
 
 def _chosen(fraction: float, n: int, labels: Array | None, seed: int) -> Array:
     """Which of n rows are to judge: of every class the same share."""
-    # Three words: no epoch of any run draws from this stream.
-    drawn = np.random.default_rng([seed, 0, 1]).permutation(n)
+    drawn = permutation(seed, NO_EPOCH, n)
     order = drawn if labels is None else drawn[np.argsort(labels[drawn], kind="stable")]
     mask = np.zeros(n, bool)
     # Every (1 / fraction)-th row of this order, so that each class gives its share.

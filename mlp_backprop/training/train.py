@@ -87,8 +87,9 @@ def train(
     batch_size : int
         Rows of a step. The last batch of an epoch has what is left, and counts by its rows.
     shuffle : bool
-        Whether epoch k = 0, 1, ... visits the rows in the order
-        `numpy.random.default_rng([seed, k]).permutation(n)`, on every backend, or as they lie.
+        Whether epoch k = 0, 1, ... visits the rows in the order that
+        `numpy.random.Generator(numpy.random.Philox(key=[seed, k])).permutation(n)` draws, on every
+        backend, or as they lie.
     seed : int, or sequence of E
         For the order of the rows and for a fraction of `validation`.
     validation : (X, y), (X, y, sample_weight), float or None

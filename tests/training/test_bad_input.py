@@ -48,6 +48,7 @@ CLASSES = Net(init_params([3, 4, 2], rng=0), "tanh", "softmax_cross_entropy")
         ({"seed": [1, 2]}, ValueError, "2 entries for one net"),
         ({"seed": -1}, ValueError, "seed must be 0 or more"),
         ({"seed": "a"}, TypeError, "seed"),
+        ({"seed": 2**64}, ValueError, r"seed must be below 2\*\*64"),
         ({"resume": 3}, TypeError, "resume=result.state"),
         ({"sample_weight": np.zeros(20)}, ValueError, "all zero"),
         ({"sample_weight": np.ones(3)}, ValueError, r"shape \(20,\)"),

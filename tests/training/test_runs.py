@@ -18,6 +18,10 @@ X = RNG.random((90, 3))
 Y = np.sin(X.sum(axis=1, keepdims=True))
 
 
+def shuffled(key, n):
+    return np.random.Generator(np.random.Philox(key=key)).permutation(n)
+
+
 def torch_run(torch, params, optimizer, options, epochs, seed):
     """The same steps as a user of torch would write them; parameters and the epochs' losses."""
     modules = []
@@ -31,7 +35,7 @@ def torch_run(torch, params, optimizer, options, epochs, seed):
     steps = getattr(torch.optim, optimizer)(net.parameters(), **options)
     inputs, targets, losses = torch.tensor(X), torch.tensor(Y), []
     for epoch in range(epochs):
-        order = torch.tensor(np.random.default_rng([seed, epoch]).permutation(len(X)))
+        order = torch.tensor(shuffled([seed, epoch], len(X)))
         total = 0.0
         for start in range(0, len(X), 32):
             rows = order[start : start + 32]
