@@ -60,14 +60,13 @@ MEMBER = _fields(
 )
 DATA = _fields("n X X_row X_column y y_row y_column labels label_step weight weight_step rows")
 FRAME = _fields(
-    "address worker member kind rows n chunk_rows n_chunks layers sums g rate t",
-    floats="factor clip",
+    "address worker member step kind rows n chunk_rows n_chunks layers sums g rate t",
+    floats="factor clip loss_sum weight_sum grad_norm",
 )
 
 run_at, member_at, data_at, frame_at = map(reader, (RUN, MEMBER, DATA, FRAME))
-RUN_BYTES, MEMBER_BYTES, DATA_BYTES, FRAME_BYTES = (
-    dtype.itemsize for dtype in (RUN, MEMBER, DATA, FRAME)
-)
+MEMBER_BYTES, DATA_BYTES = MEMBER.itemsize, DATA.itemsize
+FRAME_BYTES = 256  # so that threads do not write to one another's lines of the cache
 MOST_RANGES = 8
 WORDS = 128  # bytes of a worker's, for the clock
 EPOCH, N_DRAWN = (int(MEMBER.fields[name][1]) for name in ("epoch", "n_drawn"))

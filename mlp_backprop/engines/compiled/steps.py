@@ -72,15 +72,12 @@ def share(run, frame, kind, n_parts):
 
 @compiled
 def take_parts(run, frame, worker):
-    """Take parts until none is left; how many were taken."""
-    taken = 0
-    while True:
-        ticket = team.add(run.meeting + TICKET, 1)
-        if taken_of(ticket) >= parts_of(ticket):
-            return taken
+    """Take parts until none is left."""
+    ticket = team.add(run.meeting + TICKET, 1)
+    while taken_of(ticket) < parts_of(ticket):
         call(run.part, (run.address, frame.address, taken_of(ticket), worker))
         team.add(run.meeting + DONE, 1)
-        taken += 1
+        ticket = team.add(run.meeting + TICKET, 1)
 
 
 @compiled
@@ -114,10 +111,9 @@ def help(run, worker):
 
 
 @compiled
-def take_step(run, member, frame, A, e, step, k):
-    """The k-th of its epoch; False where loss or gradient is not finite, and none is taken."""
-    data = data_at(run.data + e * DATA_BYTES)
-    epoch = step // member.steps_per_epoch
+def take_step(run, member, frame, A, epoch, k):
+    """The k-th of an epoch; False where loss or gradient is not finite, and none is taken."""
+    data = data_at(run.data + frame.member * DATA_BYTES)
     first = k * run.batch_size
     frame.n = min(run.batch_size, data.n - first)
     frame.rows = member.orders + 8 * ((epoch % member.n_orders) * data.n + first)
@@ -137,12 +133,12 @@ def take_step(run, member, frame, A, e, step, k):
     if not isfinite(loss + norm):
         return False
     frame.clip = run.max_grad_norm / norm if norm > run.max_grad_norm else 1.0
-    frame.rate, frame.t = member.rates + 8 * step, step + 1
+    frame.rate, frame.t = member.rates + 8 * frame.step, frame.step + 1
     share(run, frame, UPDATE, run.n_ranges)
-    floats(run.loss_sum)[e] += loss
-    floats(run.weight_sum)[e] += weight
-    floats(run.grad_norm)[e] = norm
-    integers(run.step)[e] = step + 1
+    frame.loss_sum += loss
+    frame.weight_sum += weight
+    frame.grad_norm = norm
+    frame.step += 1
     return True
 
 
@@ -150,14 +146,14 @@ def take_step(run, member, frame, A, e, step, k):
 
 
 @compiled
-def end_epoch(run, member, frame, A, e, epoch, now):
+def end_epoch(run, member, frame, A, e, now):
     """The row of history, the average, the judgement; who goes on."""
+    epoch = frame.step // member.steps_per_epoch
     row, status = epoch * run.n_members + e, integers(run.status)
-    last = integers(run.step)[e] - 1
-    floats(run.loss)[row] = floats(run.loss_sum)[e] / floats(run.weight_sum)[e]
-    floats(run.learning_rate)[row] = floats(member.rates)[last]
-    floats(run.grad_norms)[row] = floats(run.grad_norm)[e]
-    floats(run.loss_sum)[e], floats(run.weight_sum)[e] = 0.0, 0.0
+    floats(run.loss)[row] = frame.loss_sum / frame.weight_sum
+    floats(run.learning_rate)[row] = floats(member.rates)[frame.step - 1]
+    floats(run.grad_norms)[row] = frame.grad_norm
+    frame.loss_sum = frame.weight_sum = 0.0
     if run.kind_of_average == SWA:
         average_ends(run, A, e, epoch)
     if run.validation:
@@ -208,37 +204,50 @@ def judge(run, member, frame, A, e, epoch):
 
 
 @compiled
-def take_steps(run, A, e, worker, until):
-    """Of a member, until then or as far as it may go."""
-    member = member_at(run.members + e * MEMBER_BYTES)
-    frame = frame_at(run.frames + worker * FRAME_BYTES)
+def begin(run, frame, e, worker):
+    """In a frame of the worker's own, for states of members lie too close for threads."""
     frame.address, frame.worker, frame.member = run.frames + worker * FRAME_BYTES, worker, e
     frame.sums = run.sums + worker * run.sums_bytes
     frame.g = run.grads + worker * run.grads_bytes
-    words = run.words + worker * WORDS
-    status, step, looks = integers(run.status), integers(run.step)[e], 0
-    if step > 0 and step % member.steps_per_epoch == 0 and floats(run.weight_sum)[e] > 0:
-        end_epoch(run, member, frame, A, e, step // member.steps_per_epoch, words)
-    if status[e] == RUNNING and step >= run.epochs * member.steps_per_epoch:
+    frame.step, frame.grad_norm = integers(run.step)[e], floats(run.grad_norm)[e]
+    frame.loss_sum, frame.weight_sum = floats(run.loss_sum)[e], floats(run.weight_sum)[e]
+
+
+@compiled
+def write_down(run, frame, e):
+    integers(run.step)[e], floats(run.grad_norm)[e] = frame.step, frame.grad_norm
+    floats(run.loss_sum)[e], floats(run.weight_sum)[e] = frame.loss_sum, frame.weight_sum
+
+
+@compiled
+def take_steps(run, A, e, worker, until):
+    """Of a member, until then or as far as it may go."""
+    place = run.members + e * MEMBER_BYTES
+    member, frame = member_at(place), frame_at(run.frames + worker * FRAME_BYTES)
+    begin(run, frame, e, worker)
+    words, per_epoch = run.words + worker * WORDS, member.steps_per_epoch
+    status, looks = integers(run.status), 0
+    if frame.step > 0 and frame.step % per_epoch == 0 and frame.weight_sum > 0:
+        end_epoch(run, member, frame, A, e, words)
+    if status[e] == RUNNING and frame.step >= run.epochs * per_epoch:
         status[e] = FINISHED
-    while status[e] == RUNNING and step < member.goal:
-        epoch = step // member.steps_per_epoch
-        k = step - epoch * member.steps_per_epoch
+    while status[e] == RUNNING and frame.step < member.goal:
+        epoch = frame.step // per_epoch
+        k = frame.step - epoch * per_epoch
         if k == 0:
-            team.exchange(run.members + e * MEMBER_BYTES + EPOCH, epoch)
-        if team.load(run.members + e * MEMBER_BYTES + N_DRAWN) <= epoch:
+            team.exchange(place + EPOCH, epoch)
+        if team.load(place + N_DRAWN) <= epoch:
             break
-        if not take_step(run, member, frame, A, e, step, k):
+        if not take_step(run, member, frame, A, epoch, k):
             status[e] = DIVERGED
-            break
-        step += 1
-        if k + 1 == member.steps_per_epoch:
-            end_epoch(run, member, frame, A, e, epoch + 1, words)
+        elif k + 1 == per_epoch:
+            end_epoch(run, member, frame, A, e, words)
         looks += 1
         if looks >= run.clock_steps:
             looks = 0
             if team.now(words) >= until:
                 break
+    write_down(run, frame, e)
 
 
 def training_pass(sources: int, real: DType) -> Callable[[int, int, int], None]:

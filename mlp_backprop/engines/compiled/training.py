@@ -185,10 +185,10 @@ class Runner:
         n_frames = min(n_workers, E)  # those who take the steps of one net together share one
         sums = np.empty((n_frames, max(self.n_chunks * (n + 2), 2 * MOST_CHUNKS)))
         n_squares = (records.MOST_RANGES + 1) * 8 // self.dtype.itemsize
-        grads = np.empty((n_frames, n + n_squares), self.dtype)
+        grads = np.empty((n_frames, ceil((n + n_squares) / 16) * 16), self.dtype)
         run["sums"], run["sums_bytes"] = self._address(sums), sums.strides[0]
         run["grads"], run["grads_bytes"] = self._address(grads), grads.strides[0]
-        run["frames"] = self._address(np.zeros(n_frames, records.FRAME))
+        run["frames"] = self._address(np.zeros((n_frames, records.FRAME_BYTES // 8)))
         run["words"] = self._address(np.zeros((n_workers, records.WORDS // 8), np.int64))
         self._tell_job(places, np.empty((n_workers, places.size), self.dtype))
 
