@@ -17,7 +17,7 @@ NO_EPOCH = 2**64 - 1  # for what is drawn by the seed alone
 
 
 def order(task: Task, member: int, epoch: int) -> Array:
-    """The numbers (n_rows,) of the rows of X, int64, as epoch 0, 1, ... of this member takes them."""
+    """The numbers (n_rows,) of rows, int64, as epoch 0, 1, ... of this member takes them."""
     n = task.n_rows(member)
     own = None if task.rows is None else task.rows[member]
     if not task.shuffle:
