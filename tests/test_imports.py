@@ -79,8 +79,7 @@ IMPORTS = {
         "llvmlite numba numpy",
     ),
     "engines.compiled.rows": (
-        "engines.compiled.formulas engines.compiled.third_derivatives "
-        "engines.compiled.vectors",
+        "engines.compiled.formulas engines.compiled.third_derivatives engines.compiled.vectors",
         "numba numpy",
     ),
     "engines.compiled.curvatures": (
@@ -235,8 +234,7 @@ IMPORTS = {
     # derivatives
     "derivatives": ("", ""),
     "derivatives.gradients": (
-        "backprop edge.calls edge.kinds edge.validation engines.choice engines.members "
-        "types",
+        "backprop edge.calls edge.kinds edge.validation engines.choice engines.members types",
         "",
     ),
     "derivatives.inputs": (
@@ -295,8 +293,7 @@ IMPORTS = {
     "training.pictures": ("types", "matplotlib numpy"),
     "training.progress": ("", "rich"),
     "training.reference": (
-        "edge.backends edge.calls maths.runs nets.vectors training.batches training.passes "
-        "types",
+        "edge.backends edge.calls maths.runs nets.vectors training.batches training.passes types",
         "numpy",
     ),
     "training.results": ("maths.runs types", "numpy"),
@@ -308,8 +305,7 @@ IMPORTS = {
         "numpy",
     ),
     "training.states": (
-        "edge.backends edge.calls maths.runs nets.vectors training.batches training.passes "
-        "types",
+        "edge.backends edge.calls maths.runs nets.vectors training.batches training.passes types",
         "numpy",
     ),
     "training.train": (
