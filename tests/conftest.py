@@ -31,8 +31,8 @@ os.environ["JAX_ENABLE_X64"] = "1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(BUILD / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# What it compiles runs once or twice: not optimised, it is there in half the time. The flag is known
-# from the release on which it was tried; a flag that XLA does not know ends the process.
+# What it compiles runs once or twice: not optimised, it is there in half the time. A flag that XLA
+# does not know ends the process: this one is given to the releases it was tried on.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if find_spec("jaxlib") and version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
