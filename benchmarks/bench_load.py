@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,8 +122,8 @@ def calls(task: Task) -> dict[str, Call]:
             "hessian": lambda: hessian(params, X, y, **both),
             "ggn": lambda: ggn(params, X, y, **both),
         }
-    operator = linear_operator("ggn", params, X, y, **both)
-    found["linear_operator"] = lambda: operator @ ravel_params(params)
+    operator = cache(lambda: linear_operator("ggn", params, X, y, **both))
+    found["linear_operator"] = lambda: operator() @ ravel_params(params)
     return found
 
 

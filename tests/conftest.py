@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,12 @@ os.environ["JAX_ENABLE_X64"] = "1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(BUILD / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+# What it compiles runs once or twice: not optimised, it is there in half the time. A flag that XLA
+# does not know ends the process: this one is given to the releases it was tried on.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if find_spec("jaxlib") and version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+
 # torch reads this, and OpenBLAS does not: threads of torch that wait for each other in small
 # operations spin on the cores of the other workers.
 os.environ["MKL_NUM_THREADS"] = "1"
@@ -42,9 +50,11 @@ def numba_compiles_once() -> Iterator[None]:
         yield
         return
 
-    def from_cache(*arguments: Any) -> Any:
-        with held(BUILD / "numba.lock"):
-            return right(*arguments)
+    def from_cache(compile_: Any, make: Any) -> Any:
+        # One at a time of those that share a file of the cache; others may be compiled meanwhile.
+        maker, *_ = make(0).__qualname__.split(".")
+        with held(BUILD / "numba" / f"{maker}.lock"):
+            return right(compile_, make)
 
     right = parts.from_cache
     with pytest.MonkeyPatch.context() as patch:

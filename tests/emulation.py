@@ -8,6 +8,7 @@ looked at afterwards: a kernel that writes outside an array fails, one that read
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,8 +62,33 @@ def library(code: str, defines: tuple[tuple[str, str], ...] = ()) -> ctypes.CDLL
 
 
 def compile_library(command: list[str], code: str, path: Path) -> None:
+    folders = [f"-I{SOURCES}", f"-I{EMULATION}"]
+    command = [*command, "-include", str(standard_headers()), *folders, "-x", "c++", "-"]
+    run_compiler(command, path, code)
+
+
+@cache
+def standard_headers() -> Path:
+    """What emulation.h includes of the C++ library: to read it is half of compiling most kernels.
+
+    What lies beside it precompiled is taken in its place, unless another compiler has made that.
+    """
+    assert COMPILER is not None
+    lines = re.findall("#include <.+>", (EMULATION / "emulation.h").read_text(encoding="utf-8"))
+    code, command = "\n".join([*lines, ""]), [COMPILER, *FLAGS, "-x", "c++-header"]
+    digest = hashlib.sha256("\0".join([*command, code]).encode())
+    header = LIBRARIES / f"{digest.hexdigest()[:32]}.h"
+    precompiled = header.with_suffix(".h.gch")
+    with held(header.with_suffix(".lock")):
+        if not precompiled.exists():
+            header.write_text(code, encoding="utf-8")
+            run_compiler([*command, str(header)], precompiled)
+    return header
+
+
+def run_compiler(command: list[str], path: Path, code: str = "") -> None:
     scratch = path.with_suffix(".new")
-    command = [*command, f"-I{SOURCES}", f"-I{EMULATION}", "-x", "c++", "-", "-o", str(scratch)]
+    command = [*command, "-o", str(scratch)]
     done = subprocess.run(command, input=code, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

@@ -1,18 +1,15 @@
 """The programs of benchmarks/, for the tests of what runs on a card."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RATES = {"float32": 50e12, "tf32": 400e12, "bfloat16": 800e12}  # of a made-up card
 
 
 @pytest.fixture
-def programs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def programs() -> SimpleNamespace:
     """The files of benchmarks/, which are programs beside each other and no package."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import bench_gpu
     import check_gpu
     import gpu_answers

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+import bench_load as bench
 import numpy as np
 import pytest
 
@@ -17,8 +18,6 @@ import mlp_backprop
 from mlp_backprop.bench import grid
 from mlp_backprop.bench.contenders import CONTENDERS
 from mlp_backprop.bench.problems import PROBLEMS, Cell
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 # What there is beside calls that compute.
 NO_CALLS = {
@@ -37,15 +36,6 @@ NO_CALLS = {
 }
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """The program, which lies beside others and in no package."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import bench_load
-
-    return bench_load
-
-
 class Log(list):
     """Stands for the spinners, the others and a call, and keeps what happens."""
 
@@ -60,7 +50,7 @@ class Log(list):
         yield
 
 
-def test_every_public_function_that_computes_is_measured(bench):
+def test_every_public_function_that_computes_is_measured():
     task = grid.make_task(Cell(PROBLEMS["2-10-5-1"], 3, "float32"))
     names = {name.partition(",")[0] for name in bench.calls(task)}
     in_the_table = {"compute_grads", "prepare_grads"}  # of contenders
@@ -70,12 +60,12 @@ def test_every_public_function_that_computes_is_measured(bench):
 
 
 @pytest.mark.parametrize(("net", "n"), [("64-64-64-1", 5), ("784-128-64-10", 2)])
-def test_calls_of_every_net_run(net, n, bench):
+def test_calls_of_every_net_run(net, n):
     for call in bench.calls(grid.make_task(Cell(PROBLEMS[net], n, "float32"))).values():
         assert all(np.isfinite(A).all() for A in bench.arrays_of(call()))
 
 
-def test_samples_take_turns_and_ratios_are_those_of_the_modes(bench, monkeypatch):
+def test_samples_take_turns_and_ratios_are_those_of_the_modes(monkeypatch):
     log, now = Log(), [0.0]
     monkeypatch.setattr(bench.grid, "settle", lambda: None)
 
@@ -90,7 +80,7 @@ def test_samples_take_turns_and_ratios_are_those_of_the_modes(bench, monkeypatch
     assert found["busy"]["calls"] == 3 * 4
 
 
-def test_a_single_slow_call_shows_in_the_mean_and_the_worst(bench):
+def test_a_single_slow_call_shows_in_the_mean_and_the_worst():
     assert bench.statistics([1.0, 1.0, 1.0, 7.0]) == {
         "median": 1.0,
         "mean": 2.5,
@@ -99,7 +89,7 @@ def test_a_single_slow_call_shows_in_the_mean_and_the_worst(bench):
     }
 
 
-def test_other_bits_under_load_end_the_run(bench):
+def test_other_bits_under_load_end_the_run():
     answers = count()
     bench.check_bits("same", lambda: (np.ones(2), [(np.zeros(3),)]), Log())
     with pytest.raises(ArithmeticError, match="other bits under load"):
@@ -119,7 +109,7 @@ def wait_until(condition):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_spinners_are_stopped_but_while_they_spin(bench):
+def test_spinners_are_stopped_but_while_they_spin():
     spinners = bench.Spinners(2)
     try:
         for _ in range(2):
@@ -132,7 +122,7 @@ def test_spinners_are_stopped_but_while_they_spin(bench):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_file_has_every_call_and_the_table_fits(bench, monkeypatch, tmp_path, capsys):
+def test_the_file_has_every_call_and_the_table_fits(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "NETS", (("2-10-5-1", 3),))
     monkeypatch.setattr(bench, "QUICK", bench.Effort(1, 0.0))
     monkeypatch.setattr(bench, "GRADIENTS", ("call", "prepared"))
@@ -150,14 +140,14 @@ def test_the_file_has_every_call_and_the_table_fits(bench, monkeypatch, tmp_path
     assert all(record["call"] in printed for record in results["calls"])
 
 
-def test_the_table_fits_for_long_times_too(bench):
+def test_the_table_fits_for_long_times_too():
     slow = {"median": 9.0, "mean": 9.0, "worst": 99.0, "calls": 3}
     record = {"net": "784-1024-1024-10", "n": 100_000, "dtype": "float32", "call": "a" * 26}
     record |= {"quiet": slow, "busy": slow, "ratio": {"median": 123.45, "mean": 123.45}}
     assert max(map(len, bench.table([record]).splitlines())) <= 80
 
 
-def test_the_summary_is_of_ours(bench):
+def test_the_summary_is_of_ours():
     def record(call, ratio):
         where = {"net": "2-10-5-1", "n": 3, "dtype": "float32", "call": call}
         return where | {"ratio": {"median": ratio, "mean": 2 * ratio}}

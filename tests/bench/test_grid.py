@@ -3,6 +3,7 @@
 No test here asserts how long anything takes: the clock is made up.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -45,6 +46,12 @@ class Clock:
             self.now += next(times)
 
         return Ready(call, read=lambda result: result)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_collected(monkeypatch):
+    """As before each timing: in a process as large as that of all tests it takes their time."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 # --- tables ----------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_every_library_agrees_with_numpy(loss, matrix, backend):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_matrices_are_like_the_parameters(dtype, backend):
-    problem = make_problem(dtype=dtype).map(backend.array)
+    problem = make_problem((3, 4, 2), dtype=dtype).map(backend.array)
     for A in (run(hessian, problem), run(ggn, problem), ntk(problem.params, problem.X, problem.X)):
         assert type(A) is type(problem.X)
         assert A.dtype == problem.X.dtype

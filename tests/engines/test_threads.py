@@ -9,8 +9,10 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
+import bench_load
 import numpy as np
 import pytest
+from bench_load import arrays_of
 from numpy.testing import assert_allclose, assert_array_equal
 from oracles import make_problem
 
@@ -18,33 +20,22 @@ from mlp_backprop import (
     backprop,
     clipped_grads,
     compute_grads,
-    fisher_vp,
     forward,
-    ggn,
-    ggnvp,
-    hessian,
     hvp,
     input_grads,
-    input_hessian_diag,
-    input_hessian_entries,
     jacobian,
     jvp,
     laplacian,
-    linear_operator,
     ntk,
-    per_sample_grad_norms,
-    per_sample_grads,
     prepare_grads,
-    ravel_params,
-    residual_grads,
     sobolev_grads,
-    trace,
     vjp,
 )
+from mlp_backprop.bench.contenders import Task
 from mlp_backprop.engines import numpy_products, numpy_tiles, schedule, threads
 from mlp_backprop.engines.threads import blas_on_one_thread, run_chunks
 from mlp_backprop.maths import row_blocks, samples, tangents
-from mlp_backprop.types import flat
+from mlp_backprop.types import Layer, flat
 
 # A wide net, and others with products of a size that BLAS would divide.
 WIDE = make_problem((100, 170, 2), n=60)
@@ -307,55 +298,27 @@ def test_threads_are_used_where_it_pays(blas_threads, monkeypatch):
 # No public function uses BLAS's threads ----------------------------------------------------------
 
 
-def net_and_loss(function, *more, problem=SMALL, **options):
-    return lambda: function(problem.params, problem.X, problem.y, *more, **options)
+def net_and_loss(function, *more, problem):
+    return lambda: function(problem.params, problem.X, problem.y, *more)
 
 
-def net_alone(function, *more, **options):
-    return lambda: function(SMALL.params, SMALL.X, *more, **options)
+def calls(problem):
+    """Every public function but for two, as far as its result has a sensible size."""
+    params = [Layer(*layer) for layer in problem.params]
+    return bench_load.calls(Task(params, problem.X, problem.y, "sigmoid", "squared_error"))
 
 
-def no_equation(X, Y, dY, lap):
-    return Y, (None, None, None)
-
-
-# Every public function, on NumPy's arrays, with products that BLAS would divide.
+# On NumPy's arrays, with products that BLAS would divide: of a wide net where a short pass of the
+# other takes none.
 CALLS = {
+    **calls(SMALL),
+    **calls(WIDE),
     "compute_grads": net_and_loss(compute_grads, problem=WIDE),
     "compute_grads, half precision": net_and_loss(compute_grads, problem=HALF),
     "prepare_grads": lambda: prepare_grads(WIDE.params, n=60)(WIDE.params, WIDE.X, WIDE.y),
-    "forward": net_alone(forward),
-    "trace": net_and_loss(trace),
-    "per_sample_grads": net_and_loss(per_sample_grads),
-    "per_sample_grad_norms": net_and_loss(per_sample_grad_norms, problem=WIDE),
-    "clipped_grads": net_and_loss(clipped_grads, problem=WIDE, max_norm=1.0),
-    "clipped_grads, half precision": net_and_loss(clipped_grads, problem=HALF, max_norm=1.0),
-    "input_grads": net_and_loss(input_grads),
-    "jacobian": net_alone(jacobian),
-    "jacobian, params": net_alone(jacobian, wrt="params"),
-    "input_hessian_diag": net_alone(input_hessian_diag),
-    "input_hessian_entries": net_alone(input_hessian_entries, [(0, 1)]),
-    "laplacian": net_alone(laplacian),
-    "sobolev_grads": net_and_loss(sobolev_grads, np.zeros((20, 4, 20))),
-    "residual_grads": net_alone(residual_grads, no_equation),
-    "jvp": net_alone(jvp, SMALL.params),
-    "vjp": net_alone(vjp, SMALL.y),
-    "hvp": net_and_loss(hvp, WIDE.params, problem=WIDE),
+    "clipped_grads, half precision": lambda: clipped_grads(*HALF[:3], max_norm=1.0),
     "hvp, half precision": net_and_loss(hvp, HALF.params, problem=HALF),
-    "ggnvp": net_and_loss(ggnvp, WIDE.params, problem=WIDE),
-    "fisher_vp": net_and_loss(fisher_vp, WIDE.params, problem=WIDE),
-    "hessian": net_and_loss(hessian),
-    "ggn": net_and_loss(ggn),
-    "ntk": net_alone(ntk, SMALL.X),
-    "linear_operator": lambda: linear_operator("ggn", *WIDE[:3]) @ ravel_params(WIDE.params),
 }
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(1e-3)
 
 
 @pytest.fixture
@@ -391,12 +354,6 @@ def test_products_are_formed_on_one_thread_of_blas(name, seen, blas_threads):
         expected = CALLS[name]()
     for A, answer in zip(arrays_of(got), arrays_of(expected), strict=True):
         assert_array_equal(A, answer)
-
-
-def arrays_of(result):
-    if isinstance(result, np.ndarray | np.generic):
-        return [result]
-    return [A for part in result for A in arrays_of(part)]
 
 
 def test_small_products_need_no_hold(seen):

@@ -1,5 +1,7 @@
 """The formulas that Numba compiles: each row held to its table, each function to a few ulp."""
 
+from functools import cache
+
 import mpmath
 import numpy as np
 import pytest
@@ -20,8 +22,9 @@ def dtype(request):
     return request.param
 
 
+@cache
 def mapped(f, n_results=1):
-    """f over arrays, compiled as in the rows."""
+    """f over arrays, compiled as in the rows, and once for all tests."""
 
     @numba.njit(error_model="numpy")
     def one(A, out):

@@ -170,7 +170,7 @@ def test_no_spills_anywhere(row, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+@pytest.mark.parametrize("activation", ["sigmoid", pytest.param("tanh", marks=pytest.mark.kernels)])
 def test_shared_parameters_leave_room_for_three_blocks(activation, architecture):
     """The other way to place the parameters of 2-10-5-1, to be compared with on a card."""
     row = tiny.specialise(make_spec((2, 10, 5, 1), activation, "squared_error"), "float32")
