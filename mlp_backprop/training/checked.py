@@ -1,6 +1,7 @@
 """What a caller of `train` may pass: everything is looked at before the first step."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from numbers import Real
 from typing import Any, NamedTuple
@@ -270,17 +271,15 @@ def split_of(
 
 def _placed_like(data: Data, X: Any, y: Any, weight: Any, backend: Any) -> Any:
     """Other rows for the same net, refused as the first ones are."""
-    sizes, xp = data.spec.sizes, data.spec.xp
-    nowhere = [
-        Layer(xp.zeros((a, b), dtype=data.spec.dtype), xp.zeros(a, dtype=data.spec.dtype))
-        for b, a in pairwise(sizes)
-    ]
+    spec, device = data.spec, backends.device_of(data.spec.xp, data.X)
+    zeros = partial(spec.xp.zeros, dtype=spec.dtype, device=device)
+    nowhere = [Layer(zeros((a, b)), zeros(a)) for b, a in pairwise(spec.sizes)]
     try:
         _, _, *placed = validation.problem(nowhere, X, y, *data.names, "mean", weight, backend)
     except (TypeError, ValueError) as error:
         raise type(error)(f"validation: {error}") from error
-    check_finite(data.spec, "X of validation", placed[0])
-    check_finite(data.spec, "y of validation", placed[1])
+    check_finite(spec, "X of validation", placed[0])
+    check_finite(spec, "y of validation", placed[1])
     return tuple(placed)
 
 

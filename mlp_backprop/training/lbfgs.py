@@ -45,20 +45,35 @@ class Runner:
     ) -> None:
         self.task, self.state, self.between = task, state, between
         self.options = backend, precision
+        self.minimize = _minimizer()
 
     @quietly
     def advance(self, seconds: float, whole_epoch: bool = False) -> None:
         """The whole run, which calls by itself what is to be done between epochs."""
         for e in np.flatnonzero(self.state.status == RUNNING):
-            _minimize(self.task, self.state, int(e), self.options, self.between)
+            _minimize(self.minimize, self.task, self.state, int(e), self.options, self.between)
+
+
+def _minimizer() -> Callable[..., Any]:
+    try:
+        from scipy.optimize import minimize
+    except ImportError as error:
+        raise ImportError(
+            f"optimizer='lbfgs' needs scipy ({error}): pip install 'mlp-backprop[scipy]'"
+        ) from error
+    found: Callable[..., Any] = minimize
+    return found
 
 
 def _minimize(
-    task: Task, state: State, e: int, options: tuple[Any, str], between: Callable[[], bool]
+    minimize: Callable[..., Any],
+    task: Task,
+    state: State,
+    e: int,
+    options: tuple[Any, str],
+    between: Callable[[], bool],
 ) -> None:
     """Iterations of one member, until it has done its epochs or gets no further."""
-    from scipy.optimize import minimize
-
     objective = _Objective(task, e, *options)
     validation = Validation(task, [e], options[0]) if task.validation else None
     started, before = perf_counter(), float(np.nanmax(state.seconds[:, e]))

@@ -1,5 +1,7 @@
 """What `train` refuses, before the first step, and what it says to do."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -107,3 +109,9 @@ def test_no_epochs_give_the_net_back():
     result = train(PARAMS, X, Y, epochs=0)
     assert (result.net.params[0].W == PARAMS[0].W).all()
     assert (result.status, result.best_epoch, len(result.history.loss)) == ("finished", 0, 1)
+
+
+def test_what_is_not_installed_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r"'lbfgs' needs scipy .*mlp-backprop\[scipy\]"):
+        train(PARAMS, X, Y, optimizer="lbfgs")
