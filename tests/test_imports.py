@@ -73,7 +73,8 @@ IMPORTS = {
         "llvmlite numba numpy",
     ),
     "engines.compiled.rows": (
-        "engines.compiled.formulas engines.compiled.third_derivatives engines.compiled.vectors",
+        "engines.compiled.formulas engines.compiled.third_derivatives "
+        "engines.compiled.vectors",
         "numba numpy",
     ),
     "engines.compiled.curvatures": (
@@ -96,7 +97,7 @@ IMPORTS = {
         "numpy",
     ),
     "engines.compiled.kernels": (
-        "engines.compiled.formulas engines.compiled.jobs engines.compiled.layout "
+        "engines.compiled.formulas engines.compiled.jobs engines.compiled.parts "
         "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors types",
         "numba numpy",
     ),
@@ -135,11 +136,11 @@ IMPORTS = {
     "engines.compiled.passes": (
         "backprop edge.arguments edge.rules engines.compiled.jobs engines.compiled.kernels "
         "engines.compiled.layout engines.compiled.parts engines.compiled.schedule "
-        "engines.compiled.team engines.threads types",
+        "engines.compiled.team engines.memory engines.threads types",
         "numpy",
     ),
     "engines.compiled.jets": (
-        "backprop engines.compiled.formulas engines.compiled.jobs engines.compiled.layout "
+        "backprop engines.compiled.formulas engines.compiled.jobs engines.compiled.kernels "
         "engines.compiled.parts engines.compiled.passes engines.compiled.products "
         "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors types",
         "numba numpy",
@@ -157,7 +158,7 @@ IMPORTS = {
         "numpy",
     ),
     "engines.compiled.first_order": (
-        "backprop engines.compiled.engine engines.compiled.formulas engines.compiled.jobs "
+        "backprop engines.compiled.engine engines.compiled.formulas "
         "engines.compiled.kernels engines.compiled.layout engines.compiled.passes "
         "engines.compiled.products engines.compiled.rows engines.compiled.tiles "
         "engines.compiled.vectors types",
@@ -165,17 +166,17 @@ IMPORTS = {
     ),
     "engines.compiled.jet_grads": (
         "backprop engines.compiled.engine engines.compiled.formulas engines.compiled.jets "
-        "engines.compiled.jobs engines.compiled.layout engines.compiled.parts "
-        "engines.compiled.passes engines.compiled.products engines.compiled.rows "
-        "engines.compiled.tiles engines.compiled.vectors types",
+        "engines.compiled.jobs engines.compiled.kernels engines.compiled.layout "
+        "engines.compiled.parts engines.compiled.passes engines.compiled.products "
+        "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors types",
         "numpy",
     ),
     "engines.compiled.second_order": (
         "backprop engines.compiled.curvatures engines.compiled.engine "
         "engines.compiled.formulas engines.compiled.jobs engines.compiled.kernels "
-        "engines.compiled.layout engines.compiled.parts engines.compiled.passes "
-        "engines.compiled.products engines.compiled.rows engines.compiled.tiles "
-        "engines.compiled.vectors maths.tangents types",
+        "engines.compiled.parts engines.compiled.passes engines.compiled.products "
+        "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors "
+        "maths.tangents types",
         "numba numpy",
     ),
     "engines.numpy_products": (
@@ -186,9 +187,9 @@ IMPORTS = {
     "engines.choice": (
         "backprop edge.backends edge.kinds edge.rules engines.compiled.engine "
         "engines.compiled.first_order engines.compiled.jet_grads engines.compiled.jets "
-        "engines.compiled.second_order engines.cuda.engine engines.numpy_products "
-        "engines.numpy_tiles engines.schedule engines.threads maths.row_blocks "
-        "maths.samples maths.tangents types",
+        "engines.compiled.second_order engines.cuda.engine engines.memory "
+        "engines.numpy_products engines.numpy_tiles engines.schedule engines.threads "
+        "maths.row_blocks maths.samples maths.tangents types",
         "numpy",
     ),
     # derivatives

@@ -30,6 +30,7 @@ from mlp_backprop.edge.backends import library_name
 from mlp_backprop.edge.kinds import Known
 from mlp_backprop.edge.rules import check_values
 from mlp_backprop.engines import numpy_products, numpy_tiles, threads
+from mlp_backprop.engines.memory import Kept
 from mlp_backprop.engines.schedule import SMALLEST_DIVIDED_PRODUCT, most_chunks
 from mlp_backprop.maths import samples, tangents
 from mlp_backprop.maths.row_blocks import added_layers, concatenated, row_blocks, rows_of
@@ -114,24 +115,7 @@ def is_for_numba(spec: Spec, backend: str | None) -> bool:
     return engine.covers(spec)
 
 
-class _Kept(threading.local):
-    """Small workspaces of a thread that are not in use, by what they are for.
-
-    Who takes one finds nobody else with it; a call that interrupts another makes its own.
-    """
-
-    def __init__(self) -> None:
-        self.by_use: dict[Any, Any] = {}
-
-    def put(self, use: object, workspace: object) -> None:
-        """Keep it for the next; when there are too many, begin anew."""
-        if len(self.by_use) >= MOST_KEPT:
-            self.by_use.clear()
-        self.by_use[use] = workspace
-
-
-_kept = _Kept()
-MOST_KEPT = 8  # of a few MB at most
+_kept = Kept()
 MOST_NUMBERS = 1 << 15  # weights, and outputs of all layers: with more, a plan is the least
 
 
@@ -139,7 +123,7 @@ def repeated(
     known: Known, params: Any, X: Array, y: Array, weight: Array | None, backend: str | None
 ) -> LossAndGrads:
     """Loss and gradients for NumPy's arrays in a call like one before: of it the pass is kept."""
-    run = kept = _kept.by_use.pop(known, None)
+    run = kept = _kept.take(known)
     if run is None:
         run = plan(known.spec, len(X), backend)
     checks = weight is None and y.ndim == 1 and run.checks_labels
@@ -257,7 +241,7 @@ def for_each_sweep(
     """
     if is_for_numpy(spec):
         n = X.shape[0]
-        kept = _kept.by_use.pop((spec, n), None)
+        kept = _kept.take((spec, n))
         run = kept or numpy_tiles.TiledRun(spec, n)
         run.for_each_sweep(params, X, y, weight, use)
         if kept or _is_small(spec, n):
@@ -274,7 +258,7 @@ def jacobian_product(spec: Spec, params: Layers, v: Layers, X: Array, backend: s
     if is_for_numba(spec, backend):
         from mlp_backprop.engines.compiled import second_order
 
-        return second_order.jacobian_product(spec, [*params], [*v], X)
+        return second_order.jacobian_product(spec, params, v, X)
 
     def change(rows: slice) -> Array:
         *_, last = tangents.tangents(spec, params, v, X[rows, :])
@@ -298,7 +282,7 @@ def vector_product_sums(
     if is_for_numba(spec, backend):
         from mlp_backprop.engines.compiled import second_order
 
-        return second_order.product_sums(spec, kind, [*params], [*v], X, y, weight)
+        return second_order.product_sums(spec, kind, params, v, X, y, weight)
     if is_for_numpy(spec):
         return numpy_products.tiled_product_sums(spec, kind, params, v, X, y, weight)
 

@@ -14,7 +14,7 @@ from mlp_backprop.engines.compiled.layout import Layout
 from mlp_backprop.engines.compiled.parts import address
 from mlp_backprop.engines.compiled.rows import ACTIVATIONS, LOSSES
 from mlp_backprop.engines.compiled.vectors import pointer
-from mlp_backprop.types import Array, DType, Layer, flat, n_params
+from mlp_backprop.types import Array, DType, Layers, flat, n_params
 
 FIELDS = (
     # The caller's arrays: addresses, 0 for what is absent, and strides in bytes
@@ -23,7 +23,7 @@ FIELDS = (
     # What a pass of jets.py writes for every row of X: H_L, its tangents, its second derivatives
     *("outputs", "slopes", "second", "n_second"),
     # Tables of its directions and of groups of them, rows of the tile for one group; parts
-    *("columns", "pairs", "groups", "n_groups", "block_rows", "higher", "jet"),
+    *("columns", "pairs", "groups", "n_groups", "block_rows", "jet"),
     # What one of jet_grads.py reads: K directions V_k, what is summed of their squares, and the
     # derivatives of a loss by outputs, slopes and second derivatives; strides in bytes; parts
     *("K", "S", "c", "V", "V_k", "V_row", "V_column"),
@@ -31,8 +31,10 @@ FIELDS = (
     *("Gs", "Gs_row", "Gs_column", "jet_up", "jet_down"),
     # The net: a layer_table; and addresses of parts
     *("layers", "n_layers", "product", "dots", "loss"),
-    # A vector of second_order.py, as the net, with where J v goes; addresses of parts
-    *("vector", "changes", "bends", "output_product"),
+    # A vector of second_order.py, as the net; a part
+    *("vector", "output_product"),
+    # What a pass does with a tile; parts with f'' and more, one for each layer
+    *("tile", "higher"),
     # How the rows are cut into chunks
     *("n_chunks", "chunk_rows"),
     # Whether a label was seen that is no class
@@ -80,7 +82,7 @@ class Job:
             self.kept.pop(name, None)
             self._numbers[PLACE[name]] = 0
 
-    def follow(self, params: list[Layer], **arrays: Array) -> None:
+    def follow(self, params: Layers, **arrays: Array) -> None:
         """Let `find_arrays` look where these lie by then, should one be resized in place."""
         layers = self.kept["layers"]
         cells = [layers[l, k : k + 1] for l in range(len(layers)) for k in (W_PLACE, W_PLACE + 1)]
@@ -93,7 +95,7 @@ class Job:
         self.kept |= {"followed": followed}
 
 
-def job_of(spec: Spec, params: list[Layer], layout: Layout, **fields: int | Array) -> Job:
+def job_of(spec: Spec, params: Layers, layout: Layout, **fields: int | Array) -> Job:
     """What every pass is told: the net, where in a workspace things are, and more by name."""
     names = [row.name for row in spec.activations]
     part = partial(address, spec.dtype)
@@ -109,6 +111,12 @@ def job_of(spec: Spec, params: list[Layer], layout: Layout, **fields: int | Arra
         **layout._asdict(),
         **fields,
     )
+
+
+def higher(spec: Spec, name: str) -> Array:
+    """Where the parts are that give every layer f_l and more derivatives of it."""
+    numbers = [ACTIVATIONS.index(row.name) for row in spec.activations]
+    return np.array([address(spec.dtype, name, k) for k in numbers], np.int64)
 
 
 def as_compiled(A: Array) -> Array:
@@ -127,7 +135,7 @@ def _address_of_data(A: Array) -> int:
     return id(A) + object.__basicsize__
 
 
-def layer_table(params: list[Layer], names: list[str], dtype: DType) -> Array:
+def layer_table(params: Layers, names: list[str], dtype: DType) -> Array:
     """A row per layer: address of f_l, d_{l-1}, d_l, row of H_l, of D_l, and of its parameters.
 
     That is, their place in W_1, b_1, W_2, ... one after the other, and where W_l and b_l are.

@@ -1,12 +1,9 @@
 """Compiled passes but for the gradient: planned and run in one go, over tiles and by threads.
 
-A pass is a function of a job, a chunk of rows and a worker, as kernels.gradient_pass is. It writes
-to the rows of an array `out`, or adds to the sums of its chunk, which are added up here in their
-order: the number of threads changes no bit.
+What a pass does with a tile of rows it writes to the rows of an array, or adds to the sums of their
+chunk, which are added up here in their order: the number of threads changes no bit.
 """
 
-import threading
-from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,7 +18,8 @@ from mlp_backprop.engines.compiled import kernels, parts, team
 from mlp_backprop.engines.compiled.jobs import W_PLACE, Job, as_compiled, job_of, labels_of
 from mlp_backprop.engines.compiled.layout import layout
 from mlp_backprop.engines.compiled.schedule import chunks, operations
-from mlp_backprop.types import Array, Layer
+from mlp_backprop.engines.memory import Kept
+from mlp_backprop.types import Array, Layer, Layers
 
 
 class Plan(NamedTuple):
@@ -35,28 +33,14 @@ class Plan(NamedTuple):
     n_workers: int
 
 
-class _Kept(threading.local):
-    """Small plans of a thread that are not in use. A call that interrupts another makes its own."""
-
-    def __init__(self) -> None:
-        self.plans: dict[Any, Plan] = {}
-
-    def put(self, shapes: Any, plan: Plan) -> None:
-        """Keep it for the next; when there are too many, begin anew."""
-        if len(self.plans) >= MOST_KEPT:
-            self.plans.clear()
-        self.plans[shapes] = plan
-
-
-_kept = _Kept()
-MOST_KEPT = 8
+_kept = Kept()
 MOST_SUMS = 1 << 17  # of the chunks of a plan that is kept: a megabyte
 
 
 def run(
-    make: Callable[..., Any],
+    tile: Any,
     spec: Spec,
-    params: list[Layer],
+    params: Layers,
     X: Array,
     y: Array | None = None,
     weight: Array | None = None,
@@ -66,22 +50,22 @@ def run(
     more_rows: int = 0,
     **fields: int | Array,
 ) -> Array:
-    """The sums of a pass, in float64: what make(sources, real) gives, over all rows of X.
+    """The sums in float64 of a pass over all rows of X: what kernels.of_tiles made of its tiles.
 
     `products` says how often a row is multiplied by every weight, `more_rows` how many rows of a
     tile the pass needs for itself, `fields` what else its job holds.
     """
-    shapes = make, spec, len(X), products, n_sums, more_rows, threads.thread_count()
-    plan = _kept.plans.pop(shapes, None) or _plan(*shapes)
+    shapes = tile, spec, len(X), products, n_sums, more_rows, threads.thread_count()
+    plan = _kept.take(shapes) or _plan(*shapes)
     job, dtype = plan.job, np.dtype(spec.dtype)
     own = [Layer(as_compiled(W), as_compiled(b)) for W, b in params]
     plan.layers[:, W_PLACE:] = [(W.ctypes.data, b.ctypes.data) for W, b in own]
     job.set(**fields)
     labels = _place(plan, dtype, X, y, weight)
     if plan.n_chunks == 1:
-        _add_rows(make, dtype)(job.address, 0, 0)
+        _add_rows(dtype)(job.address, 0, 0)
     else:
-        team.run(_work(make, dtype), job.address, plan.n_chunks, plan.n_workers)
+        team.run(_work(dtype), job.address, plan.n_chunks, plan.n_workers)
     if job.record["unknown"][0]:
         check_target_values(Argument("y", y, np), spec.loss, spec.sizes[-1])
     del own, labels  # which had to live until now
@@ -95,7 +79,7 @@ def run(
 
 
 def _plan(
-    make: Callable[..., Any],
+    tile: Any,
     spec: Spec,
     n: int,
     products: float,
@@ -112,18 +96,18 @@ def _plan(
         for n_in, n_out in pairwise(spec.sizes)
     ]
     job = job_of(spec, nowhere, places, workspaces=workspaces, sums=sums)
-    job.set(n_sums=n_sums)
+    job.set(n_sums=n_sums, tile=kernels.tile_address(spec.dtype, tile))
     return Plan(job, job.kept["layers"], sums, n_chunks, rows, n_workers)
 
 
 @cache  # for signatures take long to look up
-def _add_rows(make: Callable[..., Any], dtype: np.dtype[Any]) -> Any:
-    return parts.entry(make, kernels.CHUNK, dtype)
+def _add_rows(dtype: np.dtype[Any]) -> Any:
+    return parts.entry(kernels.over_tiles, kernels.CHUNK, dtype)
 
 
 @cache
-def _work(make: Callable[..., Any], dtype: np.dtype[Any]) -> int:
-    return parts.work(make, kernels.CHUNK, dtype)
+def _work(dtype: np.dtype[Any]) -> int:
+    return parts.work(kernels.over_tiles, kernels.CHUNK, dtype)
 
 
 @cache

@@ -7,7 +7,7 @@ one compilation per dtype serves every net.
 import numpy as np
 
 from mlp_backprop.engines.compiled.formulas import compiled
-from mlp_backprop.engines.compiled.layout import whole_vectors
+from mlp_backprop.engines.compiled.layout import stride_for, whole_vectors
 from mlp_backprop.engines.compiled.products import COLUMN, NOTHING, transpose
 from mlp_backprop.engines.compiled.rows import dot, fill, multiply, multiply_by_row, row_sum
 from mlp_backprop.engines.compiled.vectors import VECTOR_BYTES, call, lanes, pointer, shifted
@@ -18,6 +18,13 @@ NARROW = 8
 
 # A literal number is a type to Numba, with compilations of its own.
 ZERO, ONE = np.int64(0), np.int64(1)
+
+
+@compiled
+def extent(A, n):
+    """The columns of a tile of n rows of X, and the stride from row to row."""
+    m = whole_vectors(n, lanes(A))
+    return m, stride_for(m, lanes(A))
 
 
 # From the caller's arrays ------------------------------------------------------------------------
@@ -65,21 +72,69 @@ def store(out, row, A, stride, n, n_columns):
             out[t * row + j] = A[j * stride + t]
 
 
+@compiled
+def store_outputs(job, layers, A, stride, start, n):
+    """H_L."""
+    n_out, H = layers[-1, 2], shifted(A, layers[-1, 3] * stride)
+    store(shifted(pointer(A, job.outputs), start * n_out), n_out, H, stride, n, n_out)
+
+
 # The derivation ----------------------------------------------------------------------------------
+
+
+@compiled
+def up(job, start, b, Z, W, H, n_out, n_in, stride, m):
+    """Z = start + W H, of rows of a tile."""
+    call(job.product, (start, b, Z, stride, W, n_in, 1, H, stride, n_out, n_in, m))
+
+
+@compiled
+def down(job, start, G, W, D, n_out, n_in, stride, m):
+    """G = start + Wᵀ D."""
+    call(job.product, (start, G, G, stride, W, 1, n_in, D, stride, n_in, n_out, m))
 
 
 @compiled
 def forward(job, layers, A, stride, m):
     """Every H_l, and f'_l(Z_l) in the rows of D_l."""
-    for activation, n_in, n_out, h, d, _, W, b in layers:
-        H, below = shifted(A, h * stride), shifted(A, (h - n_in) * stride)
-        W_l, b_l = pointer(A, W), pointer(A, b)
-        # Z_l = W_l H_{l-1} + b_l
-        call(
-            job.product,
-            (COLUMN, b_l, H, stride, W_l, n_in, 1, below, stride, n_out, n_in, m),
-        )
-        call(activation, (H, shifted(A, d * stride), n_out, stride, m))
+    for layer in layers:
+        Z, F = linear(job, layer, A, stride, m)
+        call(layer[0], (Z, F, layer[2], stride, m))
+
+
+@compiled
+def linear(job, layer, A, stride, m):
+    """Z_l = W_l H_{l-1} + b_l in the rows of H_l: where these and those of D_l begin."""
+    _, n_in, n_out, h, d, _, W, b = layer
+    Z, below = shifted(A, h * stride), shifted(A, (h - n_in) * stride)
+    up(job, COLUMN, pointer(A, b), Z, pointer(A, W), below, n_out, n_in, stride, m)
+    return Z, shifted(A, d * stride)
+
+
+@compiled
+def forward_higher(job, layers, A, stride, m):
+    """As `forward`, with f''_l(Z_l) in the rows from `bends` on, and f\'\'\'_l behind all if S."""
+    parts, N = pointer(np.int64, job.higher), n_units(layers)
+    for l in range(len(layers)):
+        n_out = layers[l, 2]
+        Z, F = linear(job, layers[l], A, stride, m)
+        F2 = shifted(A, bends(job, layers, l) * stride)
+        if job.S:
+            call(parts[l], (Z, F, F2, shifted(F2, N * stride), n_out, stride, m))
+        else:
+            call(parts[l], (Z, F, F2, n_out, stride, m))
+
+
+@compiled
+def n_units(layers):
+    """Of layers 1 to L."""
+    return layers[-1, 4] + layers[-1, 2] - layers[0, 4]
+
+
+@compiled
+def bends(job, layers, l):
+    """The first row of f''_l: they lie from `more` on, a row for each of the units."""
+    return job.more + layers[l, 4] - layers[0, 4]
 
 
 @compiled
@@ -109,8 +164,8 @@ def deltas(job, layer, A, stride, n, m):
 def grads_below(job, layer, A, stride, m):
     """G_{l-1} = W_lᵀ D_l, of equation (3)."""
     _, n_in, n_out, _, d, _, W, _ = layer
-    D, G, W_l = shifted(A, d * stride), shifted(A, job.G * stride), pointer(A, W)
-    call(job.product, (NOTHING, G, G, stride, W_l, 1, n_in, D, stride, n_in, n_out, m))
+    D, G = shifted(A, d * stride), shifted(A, job.G * stride)
+    down(job, NOTHING, G, pointer(A, W), D, n_out, n_in, stride, m)
 
 
 @compiled
@@ -128,8 +183,13 @@ def weight_grads(job, layer, A, stride, n, m, sums):
     _, n_in, n_out, h, d, place, _, _ = layer
     D, H = shifted(A, d * stride), shifted(A, (h - n_in) * stride)
     dW = shifted(sums, place)
-    db = shifted(dW, n_out * n_in)
     add_products(job, A, D, n_out, H, n_in, stride, n, m, dW)
+    add_row_sums(D, n_out, stride, m, shifted(dW, n_out * n_in))
+
+
+@compiled
+def add_row_sums(D, n_out, stride, m, db):
+    """D 1, added to db."""
     for o in range(n_out):
         db[o] += row_sum(shifted(D, o * stride), m)
 

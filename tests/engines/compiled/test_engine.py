@@ -368,7 +368,8 @@ def test_each_source_is_a_part_of_the_key_in_the_cache(source, tmp_path, monkeyp
     "make",
     [
         *(partial(make, k=0) if "k" in arguments else make for make, arguments in MAKERS),
-        partial(kernels.gradient_pass, real=np.float32),
+        partial(kernels.over_tiles, real=np.float32),
+        partial(kernels._tile, real=np.float32, name="add_tile"),
         partial(kernels.results_pass, real=np.float32),
         kernels.place,
         kernels.activate,
