@@ -73,8 +73,7 @@ IMPORTS = {
         "llvmlite numba numpy",
     ),
     "engines.compiled.rows": (
-        "engines.compiled.formulas engines.compiled.third_derivatives "
-        "engines.compiled.vectors",
+        "engines.compiled.formulas engines.compiled.third_derivatives engines.compiled.vectors",
         "numba numpy",
     ),
     "engines.compiled.curvatures": (
