@@ -170,6 +170,12 @@ IMPORTS = {
         "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors types",
         "numpy",
     ),
+    "engines.compiled.per_output": (
+        "backprop engines.compiled.first_order engines.compiled.formulas "
+        "engines.compiled.kernels engines.compiled.passes engines.compiled.products "
+        "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors types",
+        "numpy",
+    ),
     "engines.compiled.second_order": (
         "backprop engines.compiled.curvatures engines.compiled.engine "
         "engines.compiled.formulas engines.compiled.jobs engines.compiled.kernels "
@@ -186,9 +192,9 @@ IMPORTS = {
     "engines.choice": (
         "backprop edge.backends edge.kinds edge.rules engines.compiled.engine "
         "engines.compiled.first_order engines.compiled.jet_grads engines.compiled.jets "
-        "engines.compiled.second_order engines.cuda.engine engines.memory "
-        "engines.numpy_products engines.numpy_tiles engines.schedule engines.threads "
-        "maths.row_blocks maths.samples maths.tangents types",
+        "engines.compiled.per_output engines.compiled.second_order engines.cuda.engine "
+        "engines.memory engines.numpy_products engines.numpy_tiles engines.schedule "
+        "engines.threads maths.row_blocks maths.samples maths.tangents types",
         "numpy",
     ),
     # derivatives

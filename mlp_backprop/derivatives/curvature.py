@@ -176,7 +176,9 @@ def ntk(params: Params, X1: ArrayLike, X2: ArrayLike, **options: Unpack[NetOptio
     """
     net = validation.network(params, X1, name="X1", **options)
     others = validation.like_inputs(X2, "X2", net, options.get("backend"))
-    return _kernel(net.spec, net.params, net.X, others)
+    compiled = choice.per_output(net.spec, options.get("backend"))
+    kernel = _kernel if compiled is None else compiled.kernel
+    return kernel(net.spec, net.params, net.X, others)
 
 
 def _kernel(spec: Spec, params: list[Layer], X1: Array, X2: Array) -> Array:

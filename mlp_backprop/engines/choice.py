@@ -106,6 +106,15 @@ def first_order(spec: Spec, backend: str | None) -> Any:
     return first_order
 
 
+def per_output(spec: Spec, backend: str | None) -> Any:
+    """The same for the gradients of every output by the parameters."""
+    if not is_for_numba(spec, backend):
+        return None
+    from mlp_backprop.engines.compiled import per_output
+
+    return per_output
+
+
 def is_for_numba(spec: Spec, backend: str | None) -> bool:
     """Whether a compiled pass is asked for, and covers this net."""
     if backend != "numba":

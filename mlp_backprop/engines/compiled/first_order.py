@@ -5,6 +5,7 @@ in place, of which the results are other contractions: (P1) to (P5) of samples.p
 backprop.py.
 """
 
+from itertools import pairwise
 from math import sqrt
 
 import numpy as np
@@ -225,13 +226,18 @@ def sample_grads(
     spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None
 ) -> list[Layer]:
     """Of every sample: W (n, d_l, d_{l-1}) and b (n, d_l) of each layer."""
-    grads = [
-        Layer(np.empty((len(X), *W.shape), spec.dtype), np.empty((len(X), len(b)), spec.dtype))
-        for W, b in params
-    ]
-    table = np.array([(W.ctypes.data, b.ctypes.data) for W, b in grads])
-    run(sample_grads_tile, spec, params, X, y, weight, products=3, out=table)
+    grads, places = grads_of_rows((len(X),), spec)
+    run(sample_grads_tile, spec, params, X, y, weight, products=3, out=places)
     return grads
+
+
+def grads_of_rows(shape: tuple[int, ...], spec: Spec) -> tuple[list[Layer], Array]:
+    """Arrays for as many gradients as this shape has entries; and where they are."""
+    grads = [
+        Layer(np.empty((*shape, n_out, n_in), spec.dtype), np.empty((*shape, n_out), spec.dtype))
+        for n_in, n_out in pairwise(spec.sizes)
+    ]
+    return grads, np.array([(W.ctypes.data, b.ctypes.data) for W, b in grads])
 
 
 @of_tiles
@@ -246,19 +252,20 @@ def sample_grads_tile(job, layers, A, start, n, sums):
         n_in, n_out = layers[l, 1], layers[l, 2]
         W = shifted(pointer(A, out[2 * l]), start * n_out * n_in)
         b = shifted(pointer(A, out[2 * l + 1]), start * n_out)
-        outer_products(job, layers[l], A, stride, n, m, W, b)
+        D = shifted(A, layers[l, 4] * stride)
+        outer_products(job, layers[l], D, A, stride, n, m, W, b, ONE)
 
 
 @compiled
-def outer_products(job, layer, A, stride, n, m, W, b):
-    """Equation (P1)."""
-    _, n_in, n_out, h, d, _, _, _ = layer
+def outer_products(job, layer, D, A, stride, n, m, W, b, each):
+    """Equation (P1) with the rows of D, to the first of `each` gradients that a sample has."""
+    _, n_in, n_out, h, _, _, _, _ = layer
     T, row = shifted(A, job.T), whole_vectors(n_in, lanes(A))
-    store(b, n_out, shifted(A, d * stride), stride, n, n_out)
+    store(b, each * n_out, D, stride, n, n_out)
     transpose(T, row, shifted(A, (h - n_in) * stride), stride, n_in, m)
     for t in range(n):
-        below = at(t * row)
-        for o in range(t * n_out, (t + 1) * n_out):
-            place, D = at(o * n_in), b[o]
+        first, below = t * each * n_out, at(t * row)
+        for o in range(first, first + n_out):
+            place, delta = at(o * n_in), b[o]
             for i in range(at(n_in)):
-                W[place + i] = D * T[below + i]
+                W[place + i] = delta * T[below + i]

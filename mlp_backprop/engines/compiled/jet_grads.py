@@ -27,11 +27,11 @@ from mlp_backprop.engines.compiled.rows import fill
 from mlp_backprop.engines.compiled.tiles import (
     add_products,
     add_row_sums,
-    bends,
     down,
     extent,
     forward_higher,
     load,
+    more_of,
     n_units,
     up,
 )
@@ -207,7 +207,7 @@ def level_up(job, layers, l, A, stride, m):
         up(job, NOTHING, Z, Z, W_l, H, n_out, n_in, stride, m)
     if l == 0:
         fill(shifted(Zt, K * n_out * stride), type(A[0])(0), S * n_out, stride, m)
-    F, F2 = shifted(A, d * stride), shifted(A, bends(job, layers, l) * stride)
+    F, F2 = shifted(A, d * stride), shifted(A, more_of(job, layers, l) * stride)
     call(job.jet_up, (job.c, F, F2, Zt, Ht, K, S, n_out, stride, m))
 
 
@@ -215,7 +215,7 @@ def level_up(job, layers, l, A, stride, m):
 def level_down(job, layers, l, A, stride, n, m):
     """(I5) to (I7) for one layer; 0 behind the last sample."""
     n_out, d = layers[l, 2], layers[l, 4]
-    F, F2 = shifted(A, d * stride), shifted(A, bends(job, layers, l) * stride)
+    F, F2 = shifted(A, d * stride), shifted(A, more_of(job, layers, l) * stride)
     F3 = shifted(F2, n_units(layers) * stride)
     Zt, G = shifted(A, level(job, layers, l) * stride), shifted(A, grads(job, layers) * stride)
     call(job.jet_down, (job.c, F, F2, F3, Zt, G, job.K, job.S, n_out, stride, m))

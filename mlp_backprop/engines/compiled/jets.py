@@ -20,11 +20,11 @@ from mlp_backprop.engines.compiled.products import NOTHING
 from mlp_backprop.engines.compiled.rows import fill, multiply
 from mlp_backprop.engines.compiled.tiles import (
     ONE,
-    bends,
     down,
     extent,
     forward,
     forward_higher,
+    more_of,
     n_units,
     store,
     store_outputs,
@@ -238,7 +238,7 @@ def jets_of_group(job, layers, A, group, stride, m):
             for k in range(K + S):
                 Z, H = shifted(T, k * n_out * stride), shifted(below, k * n_in * stride)
                 up(job, NOTHING, Z, Z, W_l, H, n_out, n_in, stride, m)
-        F, F2 = shifted(A, d * stride), shifted(A, bends(job, layers, l) * stride)
+        F, F2 = shifted(A, d * stride), shifted(A, more_of(job, layers, l) * stride)
         call(job.jet, (pairs, n_pairs, F, F2, T, K, S, n_out, stride, m))
     return T
 

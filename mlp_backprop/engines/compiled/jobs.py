@@ -49,6 +49,8 @@ FIELDS = (
     # What a pass writes for each row of X: where, and how many numbers, or a table of addresses;
     # and a number that it needs, in float64
     *("out", "out_columns", "factor"),
+    # Rows of numbers for per_output.py, each of out_columns
+    *("records", "n_records"),
 )
 NO_LABELS = np.empty(0, np.int64)
 W_PLACE = 6  # in a row of the layer_table

@@ -50,6 +50,15 @@ def copy(A, B, n_rows, stride, m):
 
 
 @compiled
+def add(A, B, n_rows, stride, m):
+    """A = A + B."""
+    n_rows, m = shape(n_rows, stride, m)
+    for row in range(n_rows):
+        for t in range(at(row * stride), at(row * stride + m)):
+            A[t] += B[t]
+
+
+@compiled
 def multiply(A, B, n_rows, stride, m):
     """A = A ∘ B."""
     n_rows, m = shape(n_rows, stride, m)

@@ -25,13 +25,13 @@ from mlp_backprop.engines.compiled.rows import at, fill, multiply, multiply_by_r
 from mlp_backprop.engines.compiled.tiles import (
     add_products,
     add_row_sums,
-    bends,
     deltas,
     down,
     extent,
     forward,
     forward_higher,
     grads_below,
+    more_of,
     n_units,
     output_grads,
     store,
@@ -143,8 +143,8 @@ def vector_of(job):
 
 @compiled
 def dH_of(job, layers, l):
-    """The first row of dH_l; that of dD_l is bends'."""
-    return bends(job, layers, l) + (n_units(layers) if job.higher else 0)
+    """The first row of dH_l; that of dD_l is more_of's."""
+    return more_of(job, layers, l) + (n_units(layers) if job.higher else 0)
 
 
 @compiled
@@ -171,7 +171,7 @@ def forward_along(job, layers, vector, A, stride, m):
             below = shifted(A, dH_of(job, layers, l - 1) * stride)
             up(job, ITSELF, c_l, dZ, pointer(A, W), below, n_out, n_in, stride, m)
         if job.higher:
-            multiply(shifted(A, bends(job, layers, l) * stride), dZ, n_out, stride, m)
+            multiply(shifted(A, more_of(job, layers, l) * stride), dZ, n_out, stride, m)
         multiply(dZ, shifted(A, d * stride), n_out, stride, m)  # dH_l
 
 
@@ -192,7 +192,7 @@ def output_changes(job, layers, A, row, stride, m):
 def changes_of_deltas(job, layers, l, A, stride, n, m):
     """D_l, and dD_l of equation (V3); 0 behind the last sample."""
     n_out, d = layers[l, 2], layers[l, 4]
-    D, dD = shifted(A, d * stride), shifted(A, bends(job, layers, l) * stride)
+    D, dD = shifted(A, d * stride), shifted(A, more_of(job, layers, l) * stride)
     G, dG = shifted(A, job.G * stride), shifted(A, dG_of(job, layers) * stride)
     products_with_change(D, dD, G, dG, n_out, stride, m)
     fill(shifted(D, n), type(A[0])(0), n_out, stride, m - n)
@@ -213,7 +213,7 @@ def products_with_change(F, dF, G, dG, n_rows, stride, m):
 def changes_of_weight_grads(job, layers, l, A, stride, n, m, sums):
     """Equations (V5) and (V6), added to sums."""
     _, n_in, n_out, h, d, place, _, _ = layers[l]
-    D, dD = shifted(A, d * stride), shifted(A, bends(job, layers, l) * stride)
+    D, dD = shifted(A, d * stride), shifted(A, more_of(job, layers, l) * stride)
     dW, H = shifted(sums, place), shifted(A, (h - n_in) * stride)
     add_products(job, A, dD, n_out, H, n_in, stride, n, m, dW)
     if l > 0:
@@ -226,7 +226,7 @@ def changes_of_weight_grads(job, layers, l, A, stride, n, m, sums):
 def changes_below(job, layers, l, V, A, stride, m):
     """DG_{l-1} = W_lᵀ dD_l + V_lᵀ D_l, equation (V4)."""
     _, n_in, n_out, _, d, _, W, _ = layers[l]
-    D, dD = shifted(A, d * stride), shifted(A, bends(job, layers, l) * stride)
+    D, dD = shifted(A, d * stride), shifted(A, more_of(job, layers, l) * stride)
     dG = shifted(A, dG_of(job, layers) * stride)
     down(job, NOTHING, dG, pointer(A, W), dD, n_out, n_in, stride, m)
     down(job, ITSELF, dG, pointer(A, V), D, n_out, n_in, stride, m)

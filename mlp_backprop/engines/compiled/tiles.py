@@ -113,12 +113,12 @@ def linear(job, layer, A, stride, m):
 
 @compiled
 def forward_higher(job, layers, A, stride, m):
-    """As `forward`, with f''_l(Z_l) in the rows from `bends` on, and f\'\'\'_l behind all if S."""
+    """As `forward`, with f''_l(Z_l) in the rows of `more_of`, and f\'\'\'_l behind all if S."""
     parts, N = pointer(np.int64, job.higher), n_units(layers)
     for l in range(len(layers)):
         n_out = layers[l, 2]
         Z, F = linear(job, layers[l], A, stride, m)
-        F2 = shifted(A, bends(job, layers, l) * stride)
+        F2 = shifted(A, more_of(job, layers, l) * stride)
         if job.S:
             call(parts[l], (Z, F, F2, shifted(F2, N * stride), n_out, stride, m))
         else:
@@ -132,8 +132,8 @@ def n_units(layers):
 
 
 @compiled
-def bends(job, layers, l):
-    """The first row of f''_l: they lie from `more` on, a row for each of the units."""
+def more_of(job, layers, l):
+    """The first row of layer l where a row per unit lies from `more` on, as of f''_l."""
     return job.more + layers[l, 4] - layers[0, 4]
 
 
