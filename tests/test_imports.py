@@ -138,6 +138,13 @@ IMPORTS = {
         "engines.compiled.team engines.memory engines.threads types",
         "numpy",
     ),
+    "engines.compiled.hessians": (
+        "backprop engines.compiled.curvatures engines.compiled.formulas "
+        "engines.compiled.jobs engines.compiled.kernels engines.compiled.parts "
+        "engines.compiled.passes engines.compiled.products engines.compiled.rows "
+        "engines.compiled.tiles engines.compiled.vectors types",
+        "numpy",
+    ),
     "engines.compiled.jets": (
         "backprop engines.compiled.formulas engines.compiled.jobs engines.compiled.kernels "
         "engines.compiled.parts engines.compiled.passes engines.compiled.products "
@@ -191,10 +198,11 @@ IMPORTS = {
     ),
     "engines.choice": (
         "backprop edge.backends edge.kinds edge.rules engines.compiled.engine "
-        "engines.compiled.first_order engines.compiled.jet_grads engines.compiled.jets "
-        "engines.compiled.per_output engines.compiled.second_order engines.cuda.engine "
-        "engines.memory engines.numpy_products engines.numpy_tiles engines.schedule "
-        "engines.threads maths.row_blocks maths.samples maths.tangents types",
+        "engines.compiled.first_order engines.compiled.hessians engines.compiled.jet_grads "
+        "engines.compiled.jets engines.compiled.per_output engines.compiled.second_order "
+        "engines.cuda.engine engines.memory engines.numpy_products engines.numpy_tiles "
+        "engines.schedule engines.threads maths.row_blocks maths.samples maths.tangents "
+        "types",
         "numpy",
     ),
     # derivatives

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mlp_backprop import backprop
-from mlp_backprop.backprop import Spec
+from mlp_backprop.backprop import Spec, Sums
 from mlp_backprop.edge.backends import library_name
 from mlp_backprop.edge.kinds import Known
 from mlp_backprop.edge.rules import check_values
@@ -36,7 +36,7 @@ from mlp_backprop.maths import samples, tangents
 from mlp_backprop.maths.row_blocks import added_layers, concatenated, row_blocks, rows_of
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.maths.tangents import Kind
-from mlp_backprop.types import Array, Layer, Layers, LossAndGrads
+from mlp_backprop.types import Array, Layer, Layers, LossAndGrads, n_params
 
 Run = Callable[..., LossAndGrads]  # as above
 Part = TypeVar("Part")  # of a result: that of one block of rows
@@ -277,7 +277,7 @@ def jacobian_product(spec: Spec, params: Layers, v: Layers, X: Array, backend: s
     return concatenated(spec.xp, each_block(spec, X, numbers, change, rows=X.shape[0]))
 
 
-def vector_product_sums(
+def vector_product(
     spec: Spec,
     kind: Kind,
     params: Layers,
@@ -287,11 +287,18 @@ def vector_product_sums(
     weight: Array | None,
     backend: str | None,
 ) -> Layers:
-    """The matrix of this kind, summed over samples, times v."""
+    """The matrix of this kind, summed over samples or divided, times v."""
     if is_for_numba(spec, backend):
         from mlp_backprop.engines.compiled import second_order
 
-        return second_order.product_sums(spec, kind, params, v, X, y, weight)
+        return second_order.product(spec, kind, params, v, X, y, weight)
+    total = _vector_product_sums(spec, kind, params, v, X, y, weight)
+    return backprop.reduced(spec, Sums(0.0, backprop.weight_sum(spec, X, weight), total)).grads
+
+
+def _vector_product_sums(
+    spec: Spec, kind: Kind, params: Layers, v: Layers, X: Array, y: Array, weight: Array | None
+) -> Layers:
     if is_for_numpy(spec):
         return numpy_products.tiled_product_sums(spec, kind, params, v, X, y, weight)
 
@@ -301,6 +308,15 @@ def vector_product_sums(
 
     with undisturbed(spec):
         return reduce(added_layers, map(sums, row_blocks(spec.xp, X, tangents.row_numbers(spec))))
+
+
+def compiled_matrix(spec: Spec, backend: str | None) -> Any:
+    """What has the Hessian and its like compiled, where that is asked for and covers this net."""
+    if not is_for_numba(spec, backend):
+        return None
+    from mlp_backprop.engines.compiled import hessians
+
+    return hessians.matrix if n_params(spec.sizes) <= hessians.MOST_PARAMETERS else None
 
 
 def compiled_jets(spec: Spec, backend: str | None) -> ModuleType | None:

@@ -94,8 +94,7 @@ def factor_of(job):
 def vjp(spec: Spec, params: Layers, X: Array, U: Array) -> list[Layer]:
     """Jᵀ u, summed over samples."""
     n_sums = n_params(spec.sizes)
-    sums = run(vjp_tile, spec, params, X, U, products=3, n_sums=n_sums)
-    return by_layer(sums.astype(spec.dtype), spec.sizes)
+    return by_layer(run(vjp_tile, spec, params, X, U, products=3, n_sums=n_sums), spec.sizes)
 
 
 @of_tiles
@@ -183,7 +182,7 @@ def clipped_grads(
     spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None, max_norm: float
 ) -> LossAndGrads:
     """The loss and the sum of the clipped gradients, or these divided."""
-    sums = run(
+    results = run(
         clipped_tile,
         spec,
         params,
@@ -195,7 +194,6 @@ def clipped_grads(
         more_rows=len(params) + 1,
         factor=np.array([max_norm], np.float64),
     )
-    results = (sums / backprop.divisor(spec, sums[-1])).astype(spec.dtype)
     return LossAndGrads(results[-2], by_layer(results, spec.sizes))
 
 

@@ -10,6 +10,7 @@ A tile has everything of the way up in place when the way down begins. In the ro
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def _sums(
     arrays = {"GY": G, "V": V, "Gt": Gt} | ({} if Gs is None else {"Gs": Gs})
     sums = run(
         jet_grads_tile,
-        spec,
+        spec._replace(reduction="sum"),
         params,
         X,
         products=3 * (1 + K + S),
@@ -114,7 +115,7 @@ def _sums(
     return by_layer(sums, spec.sizes)
 
 
-def _strides(arrays: dict[str, Array]) -> dict[str, int]:
+def _strides(arrays: dict[str, Array]) -> dict[str, Any]:
     """In bytes, by name."""
     names = ("k", "row", "column")
     return {

@@ -53,7 +53,7 @@ def jacobian(spec: Spec, params: Layers, X: Array, **outputs: Array) -> Array:
     if n_in < n_out:
         run_jets(spec, params, X, groups_of(range(n_in)), slopes=slopes, **outputs)
     else:
-        own = {"products": 1 + n_out, "more_rows": max(spec.sizes)}
+        own: dict[str, Any] = {"products": 1 + n_out, "more_rows": max(spec.sizes)}
         run(jacobian_tile, spec, params, X, **own, slopes=slopes, **outputs)
     return slopes
 

@@ -91,7 +91,7 @@ class Job:
         cells += [self.record[name] for name in arrays]
         followed = [*flat(params), *arrays.values()]
         places = [
-            (_address_of_data(A), cell.ctypes.data) for A, cell in zip(followed, cells, strict=True)
+            (address_of_data(A), cell.ctypes.data) for A, cell in zip(followed, cells, strict=True)
         ]
         self.set(places=np.array(places), n_places=len(places))
         self.kept |= {"followed": followed}
@@ -132,7 +132,7 @@ def labels_of(y: Array) -> Array:
     return y.astype(np.int64, copy=False) if y.ndim == 1 else NO_LABELS
 
 
-def _address_of_data(A: Array) -> int:
+def address_of_data(A: Array) -> int:
     """Where NumPy's object keeps the address of its numbers: behind what every object has."""
     return id(A) + object.__basicsize__
 

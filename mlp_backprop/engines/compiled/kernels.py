@@ -198,22 +198,27 @@ def place(sources: int) -> Callable[..., None]:
         job.weight = weight.ctypes.data if len(weight) else 0
         job.label_step, job.weight_step = labels.strides[0], weight.strides[0]
         job.results = results.ctypes.data if results.size else 0
+        find(job)
 
     return place
 
 
 def find_arrays(sources: int) -> Callable[..., None]:
-    """Write down anew where the arrays of Job.follow lie."""
+    """Write down anew where the arrays of `places` lie."""
 
     def find_arrays(address):
         _ = sources
-        job = job_at(address)
-        places = pointer(np.int64, job.places)
-        for k in range(job.n_places):
-            data = pointer(np.int64, places[2 * k])[0]
-            pointer(np.int64, places[2 * k + 1])[0] = data
+        find(job_at(address))
 
     return find_arrays
+
+
+@compiled
+def find(job):
+    places = pointer(np.int64, job.places)
+    for k in range(job.n_places):
+        data = pointer(np.int64, places[2 * k])[0]
+        pointer(np.int64, places[2 * k + 1])[0] = data
 
 
 def activating(dtype: DType) -> Any:

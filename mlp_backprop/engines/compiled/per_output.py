@@ -4,6 +4,8 @@ For one output after the other the deltas D_l, begun with G_L = e_a, lie from `j
 for each unit: the slopes in the rows of D_l serve the next output too.
 """
 
+from typing import Any
+
 import numpy as np
 
 from mlp_backprop.backprop import Spec
@@ -24,7 +26,7 @@ def jacobian(spec: Spec, params: Layers, X: Array) -> list[Layer]:
     """W (n, d_L, d_l, d_{l-1}) and b (n, d_L, d_l) of each layer."""
     n_out = spec.sizes[-1]
     slopes, places = grads_of_rows((len(X), n_out), spec)
-    more = {"products": 1 + 2 * n_out, "more_rows": sum(spec.sizes[1:])}
+    more: dict[str, Any] = {"products": 1 + 2 * n_out, "more_rows": sum(spec.sizes[1:])}
     run(params_jacobian_tile, spec, params, X, **more, out=places)
     return slopes
 
@@ -69,8 +71,8 @@ def kernel(spec: Spec, params: Layers, X1: Array, X2: Array) -> Array:
     """(n1, d_L, n2, d_L): tiles of X2 with a record of every row of X1."""
     n_out, units, below = spec.sizes[-1], sum(spec.sizes[1:]), sum(spec.sizes[:-1])
     records = np.empty((len(X1), below + n_out * units), spec.dtype)
-    both = {"out_columns": records.shape[1]}
-    more = {"products": 1 + 2 * n_out, "more_rows": units}
+    both: dict[str, Any] = {"out_columns": records.shape[1]}
+    more: dict[str, Any] = {"products": 1 + 2 * n_out, "more_rows": units}
     run(records_tile, spec, params, X1, **both, **more, out=records)
     # By columns of X2 in the last place, as it is computed.
     K = np.empty((len(X1), n_out, n_out, len(X2)), spec.dtype)

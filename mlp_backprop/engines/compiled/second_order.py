@@ -9,6 +9,9 @@ Behind what every tile has lie, from `job.more` on, with a row per unit of layer
 The Gauss-Newton and the Fisher product go down as a gradient does, begun with G_L = A dH_L.
 """
 
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 from numba import carray
 
@@ -16,12 +19,12 @@ from mlp_backprop.backprop import Spec
 from mlp_backprop.engines.compiled import curvatures
 from mlp_backprop.engines.compiled.engine import by_layer
 from mlp_backprop.engines.compiled.formulas import compiled
-from mlp_backprop.engines.compiled.jobs import as_compiled, higher
+from mlp_backprop.engines.compiled.jobs import higher
 from mlp_backprop.engines.compiled.kernels import load_inputs, load_rows, of_tiles
 from mlp_backprop.engines.compiled.parts import address
 from mlp_backprop.engines.compiled.passes import run
 from mlp_backprop.engines.compiled.products import COLUMN, ITSELF, NOTHING
-from mlp_backprop.engines.compiled.rows import at, fill, multiply, multiply_by_row, shape
+from mlp_backprop.engines.compiled.rows import at, fill, multiply, multiply_by_row, row_sum, shape
 from mlp_backprop.engines.compiled.tiles import (
     add_products,
     add_row_sums,
@@ -46,58 +49,41 @@ from mlp_backprop.types import Array, Layer, Layers, n_params
 HESSIAN_PRODUCTS, GAUSS_NEWTON_PRODUCTS, JACOBIAN_PRODUCTS = 8, 5, 3
 
 
-def product_sums(
-    spec: Spec,
-    kind: Kind,
-    params: Layers,
-    v: Layers,
-    X: Array,
-    y: Array,
-    weight: Array | None,
+def product(
+    spec: Spec, kind: Kind, params: Layers, v: Layers, X: Array, y: Array, weight: Array | None
 ) -> list[Layer]:
-    """The matrix of this kind, summed over samples, times v; in float64."""
+    """The matrix of this kind, summed over samples or divided, times v."""
     units = sum(spec.sizes[1:])
     widest = max(*spec.sizes, spec.sizes[-1] + 3)  # three: softmax works there
-    which = curvatures.number(spec.loss.name, is_fisher=kind.name == "fisher")
-    sums = run_along(
+    results = run(
         product_tile,
         spec,
         params,
-        v,
         X,
         y,
         weight,
         products=HESSIAN_PRODUCTS if kind.is_hessian else GAUSS_NEWTON_PRODUCTS,
-        n_sums=n_params(spec.sizes),
+        n_sums=n_params(spec.sizes) + 2,
         more_rows=2 * units + widest if kind.is_hessian else units,
-        higher=higher(spec, "activation2") if kind.is_hessian else 0,
-        output_product=address(spec.dtype, "output_product", which),
+        vector=v,
+        **_parts(spec, kind),
     )
-    return by_layer(sums, spec.sizes)
+    return by_layer(results, spec.sizes)
+
+
+@lru_cache(maxsize=128)
+def _parts(spec: Spec, kind: Kind) -> dict[str, Any]:
+    which = curvatures.number(spec.loss.name, is_fisher=kind.name == "fisher")
+    own = {"output_product": address(spec.dtype, "output_product", which)}
+    return own | ({"higher": higher(spec, "activation2")} if kind.is_hessian else {})
 
 
 def jacobian_product(spec: Spec, params: Layers, v: Layers, X: Array) -> Array:
     """J v = dH_L (n, d_L)."""
     out = np.empty((len(X), spec.sizes[-1]), spec.dtype)
-    more = {"products": JACOBIAN_PRODUCTS, "more_rows": sum(spec.sizes[1:])}
-    run_along(jacobian_product_tile, spec, params, v, X, **more, out=out)
+    more: dict[str, Any] = {"products": JACOBIAN_PRODUCTS, "more_rows": sum(spec.sizes[1:])}
+    run(jacobian_product_tile, spec, params, X, **more, vector=v, out=out)
     return out
-
-
-def run_along(
-    tile: object,
-    spec: Spec,
-    params: Layers,
-    v: Layers,
-    X: Array,
-    y: Array | None = None,
-    weight: Array | None = None,
-    **more: int | Array,
-) -> Array:
-    """As `run`, with a vector."""
-    own = [Layer(as_compiled(V), as_compiled(c)) for V, c in v]  # which have to live until the end
-    vector = np.array([(V.ctypes.data, c.ctypes.data) for V, c in own], np.int64)
-    return run(tile, spec, params, X, y, weight, vector=vector, **more)
 
 
 @of_tiles
@@ -111,6 +97,7 @@ def product_tile(job, layers, A, start, n, sums):
         output_grads(job, layers, A, stride, m)
     else:
         output_changes(job, layers, A, job.G, stride, m)
+    sums[job.n_sums - 1] += row_sum(shifted(A, job.weights * stride), m)
     for l in range(len(layers) - 1, -1, -1):
         if job.higher:
             changes_of_deltas(job, layers, l, A, stride, n, m)

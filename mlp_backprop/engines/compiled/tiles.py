@@ -197,6 +197,12 @@ def add_row_sums(D, n_out, stride, m, db):
 @compiled
 def add_products(job, A, D, n_out, H, n_in, stride, n, m, dW):
     """D Hᵀ, of rows of a tile, added to dW."""
+    add_products_apart(job, A, D, n_out, H, n_in, stride, n, m, dW, n_in)
+
+
+@compiled
+def add_products_apart(job, A, D, n_out, H, n_in, stride, n, m, dW, step):
+    """The same, to rows of dW so many numbers apart."""
     T, P, row = shifted(A, job.T), shifted(A, job.P), n_in
     if n_in < NARROW or n_out < NARROW:
         call(job.dots, (P, row, D, stride, H, stride, n_out, n_in, m))
@@ -206,4 +212,4 @@ def add_products(job, A, D, n_out, H, n_in, stride, n, m, dW):
         call(job.product, (NOTHING, P, P, row, D, stride, 1, T, row, n_out, n, row))
     for o in range(n_out):
         for i in range(n_in):
-            dW[o * n_in + i] += P[o * row + i]
+            dW[o * step + i] += P[o * row + i]

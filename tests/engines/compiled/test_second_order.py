@@ -38,7 +38,7 @@ def vector(problem, dtype=np.float64, seed=1):
 
 def compiled(kind, problem, v):
     spec, *arrays = checked(problem)
-    return second_order.product_sums(spec, KINDS[kind], arrays[0], v, *arrays[1:])
+    return second_order.product(spec, KINDS[kind], arrays[0], v, *arrays[1:])
 
 
 def wide(layers):
@@ -207,7 +207,7 @@ def test_the_number_of_threads_changes_no_bit(n, kind, dtype, monkeypatch):
 def test_the_public_functions_take_the_compiled_pass(kind, dtype, monkeypatch):
     problem = oracles.make_problem(weighted=True).astype(dtype)
     v, calls = vector(problem, dtype), []
-    for name in ("product_sums", "jacobian_product"):
+    for name in ("product", "jacobian_product"):
         own = getattr(second_order, name)
         monkeypatch.setattr(second_order, name, lambda *a, own=own: calls.append(1) or own(*a))
     for backend, n_calls in ((None, 0), ("numpy", 0), ("numba", 3)):
