@@ -21,7 +21,7 @@ from locks import held
 
 from mlp_backprop.backprop import Spec
 from mlp_backprop.edge import backends, kinds
-from mlp_backprop.engines import choice
+from mlp_backprop.engines import choice, memory
 
 BUILD = Path(__file__).parents[1] / "build"  # kept from run to run
 
@@ -123,7 +123,7 @@ def nothing_seen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def forget() -> None:
         monkeypatch.setattr(kinds, "seen", kinds.Seen())
-        monkeypatch.setattr(choice, "_kept", choice._Kept())
+        monkeypatch.setattr(choice, "_kept", memory.Kept())
 
     forget()
     return forget

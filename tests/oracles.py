@@ -226,6 +226,35 @@ def complex_step_grads(problem: Problem, reduction: str) -> list[tuple[np.ndarra
     return [(gradient(l, 0), gradient(l, 1)) for l in range(len(params))]
 
 
+# The same numbers, as they may lie in memory ------------------------------------------------------
+
+
+def backwards(A: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(A[::-1])[::-1]
+
+
+def strided(A: np.ndarray) -> np.ndarray:
+    wide = np.zeros(tuple(3 * size for size in A.shape), A.dtype)
+    view = wide[tuple(slice(None, None, 3) for _ in A.shape)]
+    view[...] = A
+    return view
+
+
+def read_only(A: np.ndarray) -> np.ndarray:
+    A = A.copy()
+    A.flags.writeable = False
+    return A
+
+
+def unaligned(A: np.ndarray) -> np.ndarray:
+    buffer = np.empty(A.nbytes + 1, np.uint8)[1:].view(A.dtype).reshape(A.shape)
+    buffer[...] = A
+    return buffer
+
+
+ANY_ARRAYS = (np.asfortranarray, backwards, strided, read_only, unaligned)
+
+
 # Memory ------------------------------------------------------------------------------------------
 
 
@@ -253,6 +282,16 @@ def assert_close(got: Any, expected: Any, tolerance: float = 1e-12) -> None:
     size = np.max(np.abs(expected), initial=0.0)
     error = np.max(np.abs(got - expected), initial=0.0)
     assert error <= tolerance * size, f"{error:.3g} off, of {size:.3g} (tolerance {tolerance:g})"
+
+
+def assert_bits(got: Any, expected: Any) -> None:
+    """The same numbers to the last bit: of arrays, of layers, of results."""
+    if isinstance(expected, (list, tuple)):
+        assert len(got) == len(expected)
+        for A, B in zip(got, expected, strict=True):
+            assert_bits(A, B)
+    else:
+        np.testing.assert_array_equal(got, expected, strict=True)
 
 
 def assert_grads_close(got: Any, expected: Any, tolerance: float = 1e-12) -> None:

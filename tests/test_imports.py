@@ -110,7 +110,7 @@ IMPORTS = {
         "numpy",
     ),
     "engines.compiled.kernels": (
-        "engines.compiled.formulas engines.compiled.jobs engines.compiled.layout "
+        "engines.compiled.formulas engines.compiled.jobs engines.compiled.parts "
         "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors types",
         "numba numpy",
     ),
@@ -150,11 +150,18 @@ IMPORTS = {
     "engines.compiled.passes": (
         "backprop edge.arguments edge.rules engines.compiled.jobs engines.compiled.kernels "
         "engines.compiled.layout engines.compiled.parts engines.compiled.schedule "
-        "engines.compiled.team engines.threads types",
+        "engines.compiled.team engines.memory engines.threads types",
+        "numpy",
+    ),
+    "engines.compiled.hessians": (
+        "backprop engines.compiled.curvatures engines.compiled.formulas "
+        "engines.compiled.jobs engines.compiled.kernels engines.compiled.parts "
+        "engines.compiled.passes engines.compiled.products engines.compiled.rows "
+        "engines.compiled.tiles engines.compiled.vectors types",
         "numpy",
     ),
     "engines.compiled.jets": (
-        "backprop engines.compiled.formulas engines.compiled.jobs engines.compiled.layout "
+        "backprop engines.compiled.formulas engines.compiled.jobs engines.compiled.kernels "
         "engines.compiled.parts engines.compiled.passes engines.compiled.products "
         "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors types",
         "numba numpy",
@@ -172,7 +179,7 @@ IMPORTS = {
         "numpy",
     ),
     "engines.compiled.first_order": (
-        "backprop engines.compiled.engine engines.compiled.formulas engines.compiled.jobs "
+        "backprop engines.compiled.engine engines.compiled.formulas "
         "engines.compiled.kernels engines.compiled.layout engines.compiled.passes "
         "engines.compiled.products engines.compiled.rows engines.compiled.tiles "
         "engines.compiled.vectors types",
@@ -180,17 +187,23 @@ IMPORTS = {
     ),
     "engines.compiled.jet_grads": (
         "backprop engines.compiled.engine engines.compiled.formulas engines.compiled.jets "
-        "engines.compiled.jobs engines.compiled.layout engines.compiled.parts "
-        "engines.compiled.passes engines.compiled.products engines.compiled.rows "
-        "engines.compiled.tiles engines.compiled.vectors types",
+        "engines.compiled.jobs engines.compiled.kernels engines.compiled.layout "
+        "engines.compiled.parts engines.compiled.passes engines.compiled.products "
+        "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors types",
+        "numpy",
+    ),
+    "engines.compiled.per_output": (
+        "backprop engines.compiled.first_order engines.compiled.formulas "
+        "engines.compiled.kernels engines.compiled.passes engines.compiled.products "
+        "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors types",
         "numpy",
     ),
     "engines.compiled.second_order": (
         "backprop engines.compiled.curvatures engines.compiled.engine "
         "engines.compiled.formulas engines.compiled.jobs engines.compiled.kernels "
-        "engines.compiled.layout engines.compiled.parts engines.compiled.passes "
-        "engines.compiled.products engines.compiled.rows engines.compiled.tiles "
-        "engines.compiled.vectors maths.tangents types",
+        "engines.compiled.parts engines.compiled.passes engines.compiled.products "
+        "engines.compiled.rows engines.compiled.tiles engines.compiled.vectors "
+        "maths.tangents types",
         "numba numpy",
     ),
     "engines.compiled.step_parts": (
@@ -224,8 +237,9 @@ IMPORTS = {
     ),
     "engines.choice": (
         "backprop edge.backends edge.kinds edge.rules engines.compiled.engine "
-        "engines.compiled.first_order engines.compiled.jet_grads engines.compiled.jets "
-        "engines.compiled.second_order engines.compiled.training engines.cuda.engine "
+        "engines.compiled.first_order engines.compiled.hessians engines.compiled.jet_grads "
+        "engines.compiled.jets engines.compiled.per_output engines.compiled.second_order "
+        "engines.compiled.training engines.cuda.engine engines.memory "
         "engines.numpy_products engines.numpy_tiles engines.schedule engines.threads "
         "maths.row_blocks maths.runs maths.samples maths.tangents types",
         "numpy",

@@ -5,7 +5,7 @@ from threading import Barrier
 
 import numpy as np
 import pytest
-from oracles import assert_close, assert_grads_close, central_differences, make_problem
+from oracles import assert_close, assert_grads_close, central_differences, make_problem, read_only
 
 from mlp_backprop import check_grads, compute_grads, forward, init_params, trace
 
@@ -148,12 +148,6 @@ def test_relu_at_its_kink(backend):
     X, y = backend.array(np.array([[0.0, -0.0, 1e-300]])), backend.array(np.full((1, 1), 5.0))
     steps = trace(params, X, y, activation="relu")
     assert_close(backend.numpy(steps.D[1]), [[0.0, 0.0, -10.0]])
-
-
-def read_only(A):
-    A = A.copy()
-    A.flags.writeable = False
-    return A
 
 
 @pytest.mark.parametrize("name", [None, "torch", "jax"])

@@ -14,7 +14,6 @@ from mlp_backprop.derivatives import products
 from mlp_backprop.edge import backends, validation
 from mlp_backprop.edge.arguments import Argument, dtype_name, table_row
 from mlp_backprop.edge.calls import public, quietly
-from mlp_backprop.edge.validation import Problem
 from mlp_backprop.engines import choice
 from mlp_backprop.maths import hessians, tangents
 from mlp_backprop.maths.row_blocks import concatenated, row_blocks, rows_of
@@ -61,7 +60,7 @@ def hessian(params: Params, X: ArrayLike, y: ArrayLike, **options: Unpack[SumOpt
     array([[18.,  6.],
            [ 6.,  2.]])
     """
-    return _matrix(validation.problem(params, X, y, **options), gauss_newton=False)
+    return _matrix(params, X, y, gauss_newton=False, **options)
 
 
 @public
@@ -93,10 +92,13 @@ def ggn(params: Params, X: ArrayLike, y: ArrayLike, **options: Unpack[SumOptions
     array([[18.,  6.],
            [ 6.,  2.]])
     """
-    return _matrix(validation.problem(params, X, y, **options), gauss_newton=True)
+    return _matrix(params, X, y, gauss_newton=True, **options)
 
 
-def _matrix(problem: Problem, *, gauss_newton: bool) -> Array:
+def _matrix(
+    params: Params, X: Array, y: Array, *, gauss_newton: bool, **options: Unpack[SumOptions]
+) -> Array:
+    problem = validation.problem(params, X, y, **options)
     spec, layers, X, y, weight = problem
     P = n_numbers(layers)
     if P > MOST_PARAMETERS:
@@ -104,18 +106,27 @@ def _matrix(problem: Problem, *, gauss_newton: bool) -> Array:
             f"params holds {P} numbers, and the matrix {P}² of them; above {MOST_PARAMETERS} use "
             "hvp, ggnvp or linear_operator, which form no matrix"
         )
+    sums = choice.compiled_matrix(spec, options.get("backend")) or _matrix_sums
+    matrix = ordered(spec, sums(spec, layers, X, y, weight, gauss_newton))
+    divisor = backprop.divisor(spec, backprop.weight_sum(spec, X, weight))
+    return spec.xp.astype(matrix / divisor, spec.dtype, copy=False)
+
+
+def _matrix_sums(
+    spec: Spec, layers: list[Layer], X: Array, y: Array, weight: Array | None, gauss_newton: bool
+) -> Array:
+    """Over samples, entries of [W_l b_l] row by row."""
     total: list[Array] = []
     with choice.undisturbed(spec):
         for cut in row_blocks(spec.xp, X, matrix_row_numbers(spec)):
             block = X[cut, :], y[cut, ...], rows_of(weight, cut)
             found = hessians.blocks(spec, layers, *block, gauss_newton)
             total = [a + b for a, b in zip(total, found, strict=True)] if total else found
-    divisor = backprop.divisor(spec, backprop.weight_sum(spec, X, weight))
-    return spec.xp.astype(assembled(spec, total) / divisor, spec.dtype, copy=False)
+    return assembled(spec, total)
 
 
 def assembled(spec: Spec, found: list[Array]) -> Array:
-    """The matrix (P, P) from its blocks on and above the diagonal, in the order of ravel_params."""
+    """The matrix (P, P) from its blocks on and above the diagonal."""
     xp, L = spec.xp, len(spec.sizes) - 1
     upper = iter(found)
     grid: list[list[Array]] = [[None] * L for _ in range(L)]
@@ -124,8 +135,12 @@ def assembled(spec: Spec, found: list[Array]) -> Array:
             B = next(upper)
             grid[l][m] = (B + B.T) / 2 if l == m else B
             grid[m][l] = grid[l][m].T
-    matrix = xp.concat([xp.concat(row, axis=1) for row in grid], axis=0)
-    order, end = [], 0
+    return xp.concat([xp.concat(row, axis=1) for row in grid], axis=0)
+
+
+def ordered(spec: Spec, matrix: Array) -> Array:
+    """Its rows and columns in the order of ravel_params."""
+    xp, order, end = spec.xp, [], 0
     for n_in, n_out in pairwise(spec.sizes):
         begin, end = end, end + n_out * (n_in + 1)
         places = xp.arange(begin, end, device=matrix.device)
@@ -176,7 +191,9 @@ def ntk(params: Params, X1: ArrayLike, X2: ArrayLike, **options: Unpack[NetOptio
     """
     net = validation.network(params, X1, name="X1", **options)
     others = validation.like_inputs(X2, "X2", net, options.get("backend"))
-    return _kernel(net.spec, net.params, net.X, others)
+    compiled = choice.per_output(net.spec, options.get("backend"))
+    kernel = _kernel if compiled is None else compiled.kernel
+    return kernel(net.spec, net.params, net.X, others)
 
 
 def _kernel(spec: Spec, params: list[Layer], X1: Array, X2: Array) -> Array:

@@ -250,6 +250,4 @@ def _product(
 def product(kind: Kind, problem: Problem, v: list[Layer], backend: str | None) -> list[Layer]:
     """The product with a vector, for arguments that are checked."""
     spec, params, X, y, weight = problem
-    total = choice.vector_product_sums(spec, kind, params, v, X, y, weight, backend)
-    sums = Sums(0.0, backprop.weight_sum(spec, X, weight), total)
-    return backprop.reduced(spec, sums).grads
+    return choice.vector_product(spec, kind, params, v, X, y, weight, backend)

@@ -25,11 +25,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mlp_backprop import backprop
-from mlp_backprop.backprop import Spec
+from mlp_backprop.backprop import Spec, Sums
 from mlp_backprop.edge.backends import library_name
 from mlp_backprop.edge.kinds import Known
 from mlp_backprop.edge.rules import check_values
 from mlp_backprop.engines import numpy_products, numpy_tiles, threads
+from mlp_backprop.engines.memory import Kept
 from mlp_backprop.engines.schedule import SMALLEST_DIVIDED_PRODUCT, most_chunks
 from mlp_backprop.maths import samples, tangents
 from mlp_backprop.maths.row_blocks import (
@@ -42,7 +43,7 @@ from mlp_backprop.maths.row_blocks import (
 from mlp_backprop.maths.runs import State, Task
 from mlp_backprop.maths.samples import Factors
 from mlp_backprop.maths.tangents import Kind
-from mlp_backprop.types import Array, Layer, Layers, LossAndGrads
+from mlp_backprop.types import Array, Layer, Layers, LossAndGrads, n_params
 
 Run = Callable[..., LossAndGrads]  # as above
 Part = TypeVar("Part")  # of a result: that of one block of rows
@@ -112,6 +113,15 @@ def first_order(spec: Spec, backend: str | None) -> Any:
     return first_order
 
 
+def per_output(spec: Spec, backend: str | None) -> Any:
+    """The same for the gradients of every output by the parameters."""
+    if not is_for_numba(spec, backend):
+        return None
+    from mlp_backprop.engines.compiled import per_output
+
+    return per_output
+
+
 def is_for_numba(spec: Spec, backend: str | None) -> bool:
     """Whether a compiled pass is asked for, and covers this net."""
     if backend != "numba":
@@ -130,24 +140,7 @@ def training(task: Task, state: State, backend: str | None) -> Any:
     return compiled.Runner(task, state) if compiled.covers(task) else None
 
 
-class _Kept(threading.local):
-    """Small workspaces of a thread that are not in use, by what they are for.
-
-    Who takes one finds nobody else with it; a call that interrupts another makes its own.
-    """
-
-    def __init__(self) -> None:
-        self.by_use: dict[Any, Any] = {}
-
-    def put(self, use: object, workspace: object) -> None:
-        """Keep it for the next; when there are too many, begin anew."""
-        if len(self.by_use) >= MOST_KEPT:
-            self.by_use.clear()
-        self.by_use[use] = workspace
-
-
-_kept = _Kept()
-MOST_KEPT = 8  # of a few MB at most
+_kept = Kept()
 MOST_NUMBERS = 1 << 15  # weights, and outputs of all layers: with more, a plan is the least
 
 
@@ -155,7 +148,7 @@ def repeated(
     known: Known, params: Any, X: Array, y: Array, weight: Array | None, backend: str | None
 ) -> LossAndGrads:
     """Loss and gradients for NumPy's arrays in a call like one before: of it the pass is kept."""
-    run = kept = _kept.by_use.pop(known, None)
+    run = kept = _kept.take(known)
     if run is None:
         run = plan(known.spec, len(X), backend)
     checks = weight is None and y.ndim == 1 and run.checks_labels
@@ -276,7 +269,7 @@ def for_each_sweep(
     """
     if is_for_numpy(spec):
         n = X.shape[0]
-        kept = _kept.by_use.pop((spec, n), None)
+        kept = _kept.take((spec, n))
         run = kept or numpy_tiles.TiledRun(spec, n)
         run.for_each_sweep(params, X, y, weight, use)
         if kept or _is_small(spec, n):
@@ -322,7 +315,7 @@ def jacobian_product(spec: Spec, params: Layers, v: Layers, X: Array, backend: s
     if is_for_numba(spec, backend):
         from mlp_backprop.engines.compiled import second_order
 
-        return second_order.jacobian_product(spec, [*params], [*v], X)
+        return second_order.jacobian_product(spec, params, v, X)
 
     def change(rows: slice) -> Array:
         *_, last = tangents.tangents(spec, params, v, X[rows, :])
@@ -332,7 +325,7 @@ def jacobian_product(spec: Spec, params: Layers, v: Layers, X: Array, backend: s
     return concatenated(spec.xp, each_block(spec, X, numbers, change, rows=X.shape[0]))
 
 
-def vector_product_sums(
+def vector_product(
     spec: Spec,
     kind: Kind,
     params: Layers,
@@ -342,11 +335,18 @@ def vector_product_sums(
     weight: Array | None,
     backend: str | None,
 ) -> Layers:
-    """The matrix of this kind, summed over samples, times v."""
+    """The matrix of this kind, summed over samples or divided, times v."""
     if is_for_numba(spec, backend):
         from mlp_backprop.engines.compiled import second_order
 
-        return second_order.product_sums(spec, kind, [*params], [*v], X, y, weight)
+        return second_order.product(spec, kind, params, v, X, y, weight)
+    total = _vector_product_sums(spec, kind, params, v, X, y, weight)
+    return backprop.reduced(spec, Sums(0.0, backprop.weight_sum(spec, X, weight), total)).grads
+
+
+def _vector_product_sums(
+    spec: Spec, kind: Kind, params: Layers, v: Layers, X: Array, y: Array, weight: Array | None
+) -> Layers:
     if is_for_numpy(spec):
         return numpy_products.tiled_product_sums(spec, kind, params, v, X, y, weight)
 
@@ -356,6 +356,15 @@ def vector_product_sums(
 
     with undisturbed(spec):
         return reduce(added_layers, map(sums, row_blocks(spec.xp, X, tangents.row_numbers(spec))))
+
+
+def compiled_matrix(spec: Spec, backend: str | None) -> Any:
+    """What has the Hessian and its like compiled, where that is asked for and covers this net."""
+    if not is_for_numba(spec, backend):
+        return None
+    from mlp_backprop.engines.compiled import hessians
+
+    return hessians.matrix if n_params(spec.sizes) <= hessians.MOST_PARAMETERS else None
 
 
 def compiled_jets(spec: Spec, backend: str | None) -> ModuleType | None:

@@ -14,7 +14,7 @@ from oracles import make_problem
 import mlp_backprop as package
 from mlp_backprop import Layer, Net, compute_grads, forward, per_sample_grad_norms, prepare_grads
 from mlp_backprop.edge import kinds, validation
-from mlp_backprop.engines import choice, numpy_tiles, threads
+from mlp_backprop.engines import choice, memory, numpy_tiles, threads
 from mlp_backprop.types import flat
 
 RNG = np.random.default_rng(0)
@@ -408,7 +408,7 @@ def test_little_is_kept():
             compute_grads(PARAMS, *rows)
             per_sample_grad_norms(PARAMS, *rows)
         assert 0 < len(kinds.seen.calls) <= kinds.MOST_CALLS
-        assert 0 < len(choice._kept.by_use) <= choice.MOST_KEPT
+        assert 0 < len(choice._kept.by_use) <= memory.Kept.MOST
 
 
 @pytest.mark.parametrize(("sizes", "n"), [((3, 5, 4), 5000), ((200, 200, 4), 1)])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import cupy_api
 import numpy as np
 import pytest
-from oracles import assert_close, assert_grads_close
+from oracles import assert_close, assert_grads_close, read_only
 
 from mlp_backprop import check_grads, compute_grads, forward, init_params, prepare_grads, trace
 from mlp_backprop.activations import ACTIVATIONS
@@ -515,12 +515,6 @@ def test_float64_in_jax_without_its_switch():
 # What is legal, and gives the answer of the plain call -------------------------------------------
 
 COUNTS = np.array([[0, 1], [1, 1], [3, 0], [2, 2], [1, 0]])
-
-
-def read_only(A):
-    A = A.copy()
-    A.flags.writeable = False
-    return A
 
 
 SAME_FLOATS = {

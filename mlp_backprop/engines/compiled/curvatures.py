@@ -11,7 +11,7 @@ from collections.abc import Callable
 from numba.extending import overload
 
 from mlp_backprop.engines.compiled.formulas import exp, inlined, logistic
-from mlp_backprop.engines.compiled.rows import at, shape
+from mlp_backprop.engines.compiled.rows import at, exponentials, shape
 from mlp_backprop.losses import HUBER_FISHER
 
 
@@ -99,24 +99,11 @@ def softmax_cross_entropy(sources: int) -> Callable[..., None]:
 
     def softmax_cross_entropy(H, Y, V, G, n_rows, stride, m):
         _ = sources
-        zero = type(H[0])(0)
-        m, largest = at(m), at(n_rows * stride)
-        total, weight = largest + at(stride), largest + at(2 * stride)
+        m = at(m)
+        mean, total, weight = exponentials(H, Y, G, n_rows, stride, m)
+        # The mean of V under the probabilities, where nobody needs the largest any more.
         for t in range(m):
-            G[largest + t], G[total + t], G[weight + t] = H[t], zero, zero
-        for row in range(1, n_rows):
-            h = at(row * stride)
-            for t in range(m):
-                G[largest + t] = max(H[h + t], G[largest + t])
-        for row in range(n_rows):
-            h = at(row * stride)
-            for t in range(m):
-                G[h + t] = exp(H[h + t] - G[largest + t])
-                G[total + t] += G[h + t]
-                G[weight + t] += Y[h + t]
-        mean = largest  # of V under the probabilities, where nobody needs the largest any more
-        for t in range(m):
-            G[mean + t] = zero
+            G[mean + t] = 0
         for row in range(n_rows):
             h = at(row * stride)
             for t in range(m):

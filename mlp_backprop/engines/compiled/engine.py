@@ -53,7 +53,7 @@ class NarrowRun:
 
     def __init__(self, spec: Spec, n: int) -> None:
         self.spec, self.sizes, self.dtype = spec, spec.sizes, np.dtype(spec.dtype)
-        self.add_rows = parts.entry(kernels.gradient_pass, kernels.CHUNK, self.dtype)
+        self.add_rows = parts.entry(kernels.over_tiles, kernels.CHUNK, self.dtype)
         self.add_chunks = parts.entry(kernels.results_pass, kernels.WHOLE, self.dtype)
         self.find_arrays = parts.entry(kernels.find_arrays, kernels.WHOLE)
         self.place = parts.entry(kernels.place, kernels.placing(self.dtype))
@@ -121,8 +121,14 @@ class NarrowRun:
 
     def job_for(self, params: list[Layer]) -> Job:
         """What a pass with these parameters is told before data comes."""
-        arrays = {"workspaces": self.workspaces, "sums": self.sums_of_chunks}
-        return job_of(self.spec, params, self.layout, **arrays)
+        return job_of(
+            self.spec,
+            params,
+            self.layout,
+            tile=kernels.tile_address(self.dtype, kernels.add_tile),
+            workspaces=self.workspaces,
+            sums=self.sums_of_chunks,
+        )
 
     def tell(
         self, job: Job, X: Array, y: Array, labels: Array, weight: Array | None, results: Array
@@ -153,7 +159,7 @@ class NarrowRun:
 
     def work(self) -> int:
         """The pass over a chunk, by its address."""
-        return parts.work(kernels.gradient_pass, kernels.CHUNK, self.dtype)
+        return parts.work(kernels.over_tiles, kernels.CHUNK, self.dtype)
 
 
 def by_layer(flat: Array, sizes: tuple[int, ...]) -> list[Layer]:

@@ -5,7 +5,7 @@ in place, of which the results are other contractions: (P1) to (P5) of samples.p
 backprop.py.
 """
 
-from collections.abc import Callable
+from itertools import pairwise
 from math import sqrt
 
 import numpy as np
@@ -14,9 +14,8 @@ from mlp_backprop import backprop
 from mlp_backprop.backprop import Spec
 from mlp_backprop.engines.compiled.engine import by_layer
 from mlp_backprop.engines.compiled.formulas import compiled
-from mlp_backprop.engines.compiled.jobs import job_at, layers_of
-from mlp_backprop.engines.compiled.kernels import load_rows
-from mlp_backprop.engines.compiled.layout import stride_for, whole_vectors
+from mlp_backprop.engines.compiled.kernels import add_losses, load_inputs, load_rows, of_tiles
+from mlp_backprop.engines.compiled.layout import whole_vectors
 from mlp_backprop.engines.compiled.passes import run
 from mlp_backprop.engines.compiled.products import transpose
 from mlp_backprop.engines.compiled.rows import (
@@ -26,151 +25,88 @@ from mlp_backprop.engines.compiled.rows import (
     fill,
     multiply,
     multiply_by_row,
-    row_sum,
 )
 from mlp_backprop.engines.compiled.tiles import (
     ONE,
     backward,
+    extent,
     forward,
     grads_below,
     output_grads,
     store,
+    store_outputs,
     weight_grads,
 )
 from mlp_backprop.engines.compiled.vectors import lanes, pointer, shifted
-from mlp_backprop.types import Array, DType, Layer, LossAndGrads, n_params
-
-Pass = Callable[[int, int, int], int]  # address of a job, chunk, worker: are all labels classes?
+from mlp_backprop.types import Array, Layer, Layers, LossAndGrads, n_params
 
 # The outputs -------------------------------------------------------------------------------------
 
 
-def outputs(spec: Spec, params: list[Layer], X: Array) -> Array:
+def outputs(spec: Spec, params: Layers, X: Array) -> Array:
     """H_L, (n, d_L)."""
     out = np.empty((len(X), spec.sizes[-1]), spec.dtype)
-    run(outputs_pass, spec, params, X, products=1, out=out)
+    run(outputs_tile, spec, params, X, products=1, outputs=out)
     return out
 
 
-def outputs_pass(sources: int, real: DType) -> Pass:
-    """H_L of a chunk."""
-
-    def outputs_pass(address, chunk, worker):
-        _ = sources
-        job = job_at(address)
-        layers = layers_of(job)
-        begin, end = rows_of(job, chunk)
-        A = pointer(real, job.workspaces + worker * job.workspace_bytes)
-        for start in range(begin, end, job.tile_rows):
-            n, m, stride = extent(job, A, start, end)
-            load_rows(job, layers, A, stride, start, n, m)
-            forward(job, layers, A, stride, m)
-            H = shifted(A, layers[-1, 3] * stride)
-            store(
-                out_rows(job, A, start, layers[-1, 2]), layers[-1, 2], H, stride, n, layers[-1, 2]
-            )
-        return True
-
-    return outputs_pass
-
-
-@compiled
-def rows_of(job, chunk):
-    """The rows of X in a chunk."""
-    begin = chunk * job.chunk_rows
-    return begin, min(begin + job.chunk_rows, job.n)
-
-
-@compiled
-def extent(job, A, start, end):
-    """Rows of X in the tile from `start` on, its columns, and the stride from row to row."""
-    n = min(job.tile_rows, end - start)
-    m = whole_vectors(n, lanes(A))
-    return n, m, stride_for(m, lanes(A))
-
-
-@compiled
-def out_rows(job, A, start, n_columns):
-    """Where the results of the rows from `start` on begin."""
-    return shifted(pointer(A, job.out), start * n_columns)
-
-
-@compiled
-def sums_of(job, chunk):
-    """The sums of a chunk, 0 so far."""
-    sums = pointer(np.float64, job.sums + 8 * chunk * job.n_sums)
-    fill(sums, 0.0, ONE, job.n_sums, job.n_sums)
-    return sums
+@of_tiles
+def outputs_tile(job, layers, A, start, n, sums):
+    m, stride = extent(A, n)
+    load_inputs(job, layers, A, stride, start, n, m)
+    forward(job, layers, A, stride, m)
+    store_outputs(job, layers, A, stride, start, n)
 
 
 # Gradients by the inputs, and of Jᵀ u ------------------------------------------------------------
 
 
-def input_grads(spec: Spec, params: list[Layer], X: Array, y: Array, weight: Array | None) -> Array:
+def input_grads(spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None) -> Array:
     """dE/dX, or that divided: equation (4)."""
     out = np.empty(X.shape, spec.dtype)
     divisor = backprop.divisor(spec, backprop.weight_sum(spec, X, weight))
     factor = np.array([1 / divisor], np.float64)
-    run(input_grads_pass, spec, params, X, y, weight, products=2, out=out, factor=factor)
+    run(input_grads_tile, spec, params, X, y, weight, products=2, out=out, factor=factor)
     return out
 
 
-def input_grads_pass(sources: int, real: DType) -> Pass:
-    """D_1 W_1 of a chunk."""
-
-    def input_grads_pass(address, chunk, worker):
-        _ = sources
-        job = job_at(address)
-        layers = layers_of(job)
-        begin, end = rows_of(job, chunk)
-        A = pointer(real, job.workspaces + worker * job.workspace_bytes)
-        factor, known = type(A[0])(pointer(np.float64, job.factor)[0]), True
-        for start in range(begin, end, job.tile_rows):
-            n, m, stride = extent(job, A, start, end)
-            known &= load_rows(job, layers, A, stride, start, n, m)
-            weights = shifted(A, job.weights * stride)
-            for t in range(at(m)):
-                weights[t] *= factor
-            forward(job, layers, A, stride, m)
-            output_grads(job, layers, A, stride, m)
-            backward(job, layers, A, stride, n, m)
-            grads_below(job, layers[0], A, stride, m)  # (4)
-            G, n_in = shifted(A, job.G * stride), layers[0, 1]
-            store(out_rows(job, A, start, n_in), n_in, G, stride, n, n_in)
-        return known
-
-    return input_grads_pass
+@of_tiles
+def input_grads_tile(job, layers, A, start, n, sums):
+    """D_1 W_1."""
+    m, stride = extent(A, n)
+    load_rows(job, layers, A, stride, start, n, m)
+    weights, factor = shifted(A, job.weights * stride), type(A[0])(factor_of(job))
+    for t in range(at(m)):
+        weights[t] *= factor
+    forward(job, layers, A, stride, m)
+    output_grads(job, layers, A, stride, m)
+    backward(job, layers, A, stride, n, m)
+    grads_below(job, layers[0], A, stride, m)  # (4)
+    G, n_in = shifted(A, job.G * stride), layers[0, 1]
+    store(shifted(pointer(A, job.out), start * n_in), n_in, G, stride, n, n_in)
 
 
-def vjp(spec: Spec, params: list[Layer], X: Array, U: Array) -> list[Layer]:
+@compiled
+def factor_of(job):
+    return pointer(np.float64, job.factor)[0]
+
+
+def vjp(spec: Spec, params: Layers, X: Array, U: Array) -> list[Layer]:
     """Jᵀ u, summed over samples."""
     n_sums = n_params(spec.sizes)
-    sums = run(vjp_pass, spec, params, X, U, products=3, n_sums=n_sums)
-    return by_layer(sums.astype(spec.dtype), spec.sizes)
+    return by_layer(run(vjp_tile, spec, params, X, U, products=3, n_sums=n_sums), spec.sizes)
 
 
-def vjp_pass(sources: int, real: DType) -> Pass:
+@of_tiles
+def vjp_tile(job, layers, A, start, n, sums):
     """The gradient, begun with G_L = u, which lies where targets do."""
-
-    def vjp_pass(address, chunk, worker):
-        _ = sources
-        job = job_at(address)
-        layers = layers_of(job)
-        begin, end = rows_of(job, chunk)
-        A = pointer(real, job.workspaces + worker * job.workspace_bytes)
-        sums = sums_of(job, chunk)
-        for start in range(begin, end, job.tile_rows):
-            n, m, stride = extent(job, A, start, end)
-            load_rows(job, layers, A, stride, start, n, m)
-            forward(job, layers, A, stride, m)
-            G, U = shifted(A, job.G * stride), shifted(A, job.Y * stride)
-            copy(G, U, layers[-1, 2], stride, m)
-            backward(job, layers, A, stride, n, m)
-            for layer in layers:
-                weight_grads(job, layer, A, stride, n, m, sums)
-        return True
-
-    return vjp_pass
+    m, stride = extent(A, n)
+    load_rows(job, layers, A, stride, start, n, m)
+    forward(job, layers, A, stride, m)
+    copy(shifted(A, job.G * stride), shifted(A, job.Y * stride), layers[-1, 2], stride, m)
+    backward(job, layers, A, stride, n, m)
+    for layer in layers:
+        weight_grads(job, layer, A, stride, n, m, sums)
 
 
 # Gradients of single samples ---------------------------------------------------------------------
@@ -178,7 +114,7 @@ def vjp_pass(sources: int, real: DType) -> Pass:
 
 def norms(
     spec: Spec,
-    params: list[Layer],
+    params: Layers,
     X: Array,
     y: Array,
     weight: Array | None,
@@ -188,7 +124,7 @@ def norms(
     n_layers = len(params)
     out = np.empty((len(X), n_layers) if per_layer else len(X), spec.dtype)
     run(
-        norms_pass,
+        norms_tile,
         spec,
         params,
         X,
@@ -202,32 +138,20 @@ def norms(
     return out
 
 
-def norms_pass(sources: int, real: DType) -> Pass:
-    """The norms of a chunk."""
-
-    def norms_pass(address, chunk, worker):
-        _ = sources
-        job = job_at(address)
-        layers = layers_of(job)
-        begin, end = rows_of(job, chunk)
-        A = pointer(real, job.workspaces + worker * job.workspace_bytes)
-        known, n_columns = True, job.out_columns
-        for start in range(begin, end, job.tile_rows):
-            n, m, stride = extent(job, A, start, end)
-            known &= load_rows(job, layers, A, stride, start, n, m)
-            forward(job, layers, A, stride, m)
-            output_grads(job, layers, A, stride, m)
-            backward(job, layers, A, stride, n, m)
-            S = squared_norms(job, layers, A, stride, m)
-            if n_columns == 1:
-                add_layers(S, len(layers), stride, m)
-            for row in range(n_columns):
-                for t in range(at(row * stride), at(row * stride + m)):
-                    S[t] = sqrt(S[t])
-            store(out_rows(job, A, start, n_columns), n_columns, S, stride, n, n_columns)
-        return known
-
-    return norms_pass
+@of_tiles
+def norms_tile(job, layers, A, start, n, sums):
+    m, stride = extent(A, n)
+    load_rows(job, layers, A, stride, start, n, m)
+    forward(job, layers, A, stride, m)
+    output_grads(job, layers, A, stride, m)
+    backward(job, layers, A, stride, n, m)
+    S, n_columns = squared_norms(job, layers, A, stride, m), job.out_columns
+    if n_columns == 1:
+        add_layers(S, len(layers), stride, m)
+    for row in range(n_columns):
+        for t in range(at(row * stride), at(row * stride + m)):
+            S[t] = sqrt(S[t])
+    store(shifted(pointer(A, job.out), start * n_columns), n_columns, S, stride, n, n_columns)
 
 
 @compiled
@@ -255,11 +179,11 @@ def add_layers(S, n_layers, stride, m):
 
 
 def clipped_grads(
-    spec: Spec, params: list[Layer], X: Array, y: Array, weight: Array | None, max_norm: float
+    spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None, max_norm: float
 ) -> LossAndGrads:
     """The loss and the sum of the clipped gradients, or these divided."""
-    sums = run(
-        clipped_pass,
+    results = run(
+        clipped_tile,
         spec,
         params,
         X,
@@ -270,38 +194,22 @@ def clipped_grads(
         more_rows=len(params) + 1,
         factor=np.array([max_norm], np.float64),
     )
-    results = (sums / backprop.divisor(spec, sums[-1])).astype(spec.dtype)
     return LossAndGrads(results[-2], by_layer(results, spec.sizes))
 
 
-def clipped_pass(sources: int, real: DType) -> Pass:
-    """The sums of a chunk, as kernels.gradient_pass has them."""
-
-    def clipped_pass(address, chunk, worker):
-        _ = sources
-        job = job_at(address)
-        layers = layers_of(job)
-        begin, end = rows_of(job, chunk)
-        A = pointer(real, job.workspaces + worker * job.workspace_bytes)
-        max_norm = type(A[0])(pointer(np.float64, job.factor)[0])
-        sums, known = sums_of(job, chunk), True
-        for start in range(begin, end, job.tile_rows):
-            n, m, stride = extent(job, A, start, end)
-            known &= load_rows(job, layers, A, stride, start, n, m)
-            forward(job, layers, A, stride, m)
-            sums[job.n_sums - 2] += output_grads(job, layers, A, stride, m)
-            sums[job.n_sums - 1] += row_sum(shifted(A, job.weights * stride), m)
-            backward(job, layers, A, stride, n, m)
-            c = squared_norms(job, layers, A, stride, m)
-            add_layers(c, len(layers), stride, m)
-            clip_factors(c, max_norm, m)
-            for layer in layers:  # (P5)
-                D = shifted(A, layer[4] * stride)
-                multiply_by_row(D, c, layer[2], stride, m)
-                weight_grads(job, layer, A, stride, n, m, sums)
-        return known
-
-    return clipped_pass
+@of_tiles
+def clipped_tile(job, layers, A, start, n, sums):
+    m, stride = extent(A, n)
+    load_rows(job, layers, A, stride, start, n, m)
+    forward(job, layers, A, stride, m)
+    add_losses(job, layers, A, stride, m, sums)
+    backward(job, layers, A, stride, n, m)
+    c = squared_norms(job, layers, A, stride, m)
+    add_layers(c, len(layers), stride, m)
+    clip_factors(c, type(A[0])(factor_of(job)), m)
+    for layer in layers:  # (P5)
+        multiply_by_row(shifted(A, layer[4] * stride), c, layer[2], stride, m)
+        weight_grads(job, layer, A, stride, n, m, sums)
 
 
 @compiled
@@ -313,54 +221,49 @@ def clip_factors(S, max_norm, m):
 
 
 def sample_grads(
-    spec: Spec, params: list[Layer], X: Array, y: Array, weight: Array | None
+    spec: Spec, params: Layers, X: Array, y: Array, weight: Array | None
 ) -> list[Layer]:
     """Of every sample: W (n, d_l, d_{l-1}) and b (n, d_l) of each layer."""
-    grads = [
-        Layer(np.empty((len(X), *W.shape), spec.dtype), np.empty((len(X), len(b)), spec.dtype))
-        for W, b in params
-    ]
-    table = np.array([(W.ctypes.data, b.ctypes.data) for W, b in grads])
-    run(sample_grads_pass, spec, params, X, y, weight, products=3, out=table)
+    grads, places = grads_of_rows((len(X),), spec)
+    run(sample_grads_tile, spec, params, X, y, weight, products=3, out=places)
     return grads
 
 
-def sample_grads_pass(sources: int, real: DType) -> Pass:
-    """The gradients of the samples in a chunk."""
+def grads_of_rows(shape: tuple[int, ...], spec: Spec) -> tuple[list[Layer], Array]:
+    """Arrays for as many gradients as this shape has entries; and where they are."""
+    grads = [
+        Layer(np.empty((*shape, n_out, n_in), spec.dtype), np.empty((*shape, n_out), spec.dtype))
+        for n_in, n_out in pairwise(spec.sizes)
+    ]
+    return grads, np.array([(W.ctypes.data, b.ctypes.data) for W, b in grads])
 
-    def sample_grads_pass(address, chunk, worker):
-        _ = sources
-        job = job_at(address)
-        layers = layers_of(job)
-        begin, end = rows_of(job, chunk)
-        A = pointer(real, job.workspaces + worker * job.workspace_bytes)
-        out, known = pointer(np.int64, job.out), True
-        for start in range(begin, end, job.tile_rows):
-            n, m, stride = extent(job, A, start, end)
-            known &= load_rows(job, layers, A, stride, start, n, m)
-            forward(job, layers, A, stride, m)
-            output_grads(job, layers, A, stride, m)
-            backward(job, layers, A, stride, n, m)
-            for l in range(len(layers)):
-                n_in, n_out = layers[l, 1], layers[l, 2]
-                W = shifted(pointer(real, out[2 * l]), start * n_out * n_in)
-                b = shifted(pointer(real, out[2 * l + 1]), start * n_out)
-                outer_products(job, layers[l], A, stride, n, m, W, b)
-        return known
 
-    return sample_grads_pass
+@of_tiles
+def sample_grads_tile(job, layers, A, start, n, sums):
+    m, stride = extent(A, n)
+    load_rows(job, layers, A, stride, start, n, m)
+    forward(job, layers, A, stride, m)
+    output_grads(job, layers, A, stride, m)
+    backward(job, layers, A, stride, n, m)
+    out = pointer(np.int64, job.out)
+    for l in range(len(layers)):
+        n_in, n_out = layers[l, 1], layers[l, 2]
+        W = shifted(pointer(A, out[2 * l]), start * n_out * n_in)
+        b = shifted(pointer(A, out[2 * l + 1]), start * n_out)
+        D = shifted(A, layers[l, 4] * stride)
+        outer_products(job, layers[l], D, A, stride, n, m, W, b, ONE)
 
 
 @compiled
-def outer_products(job, layer, A, stride, n, m, W, b):
-    """Equation (P1)."""
-    _, n_in, n_out, h, d, _, _, _ = layer
+def outer_products(job, layer, D, A, stride, n, m, W, b, each):
+    """Equation (P1) with the rows of D, to the first of `each` gradients that a sample has."""
+    _, n_in, n_out, h, _, _, _, _ = layer
     T, row = shifted(A, job.T), whole_vectors(n_in, lanes(A))
-    store(b, n_out, shifted(A, d * stride), stride, n, n_out)
+    store(b, each * n_out, D, stride, n, n_out)
     transpose(T, row, shifted(A, (h - n_in) * stride), stride, n_in, m)
     for t in range(n):
-        below = at(t * row)
-        for o in range(t * n_out, (t + 1) * n_out):
-            place, D = at(o * n_in), b[o]
+        first, below = t * each * n_out, at(t * row)
+        for o in range(first, first + n_out):
+            place, delta = at(o * n_in), b[o]
             for i in range(at(n_in)):
-                W[place + i] = D * T[below + i]
+                W[place + i] = delta * T[below + i]

@@ -4,7 +4,7 @@
     h, slope, bend = SECOND[name](z)       and f''(z)
     value, grad = LOSSES[name](h, y)       one output's share of the loss, and its dE/dh
 
-Softmax cross entropy needs all outputs of a sample together and stands in compiled/kernels.py. The
+Softmax cross entropy needs all outputs of a sample together and stands in rows.py. The
 answers are those of activations.py and losses.py, whose reasons are not given again; a test holds
 the tables together.
 

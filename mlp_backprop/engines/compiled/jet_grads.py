@@ -9,23 +9,35 @@ A tile has everything of the way up in place when the way down begins. In the ro
     G, Gt_k, Gs of the layer at work     (1 + K + S) times as many as the widest has
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from mlp_backprop.backprop import Spec
 from mlp_backprop.engines.compiled.engine import by_layer
 from mlp_backprop.engines.compiled.formulas import compiled
-from mlp_backprop.engines.compiled.jets import forward_twice, higher, jets, outputs_and_slopes
-from mlp_backprop.engines.compiled.jobs import job_at, layers_of
-from mlp_backprop.engines.compiled.layout import LEAST_ROWS, stride_for, whole_vectors
+from mlp_backprop.engines.compiled.jets import jets, outputs_and_slopes
+from mlp_backprop.engines.compiled.jobs import higher
+from mlp_backprop.engines.compiled.kernels import load_inputs, of_tiles
+from mlp_backprop.engines.compiled.layout import LEAST_ROWS
 from mlp_backprop.engines.compiled.parts import address
 from mlp_backprop.engines.compiled.passes import run
-from mlp_backprop.engines.compiled.products import COLUMN, NOTHING
-from mlp_backprop.engines.compiled.rows import fill, row_sum
-from mlp_backprop.engines.compiled.tiles import ONE, add_products, load
-from mlp_backprop.engines.compiled.vectors import call, lanes, pointer, shifted
-from mlp_backprop.types import Array, DType, Layer, n_params
+from mlp_backprop.engines.compiled.products import NOTHING
+from mlp_backprop.engines.compiled.rows import fill
+from mlp_backprop.engines.compiled.tiles import (
+    add_products,
+    add_row_sums,
+    down,
+    extent,
+    forward_higher,
+    load,
+    more_of,
+    n_units,
+    up,
+)
+from mlp_backprop.engines.compiled.vectors import call, pointer, shifted
+from mlp_backprop.types import Array, Layer, Layers, n_params
 
 __all__ = ["has_room", "jet_grad_sums", "jets", "outputs_and_slopes", "slope_grad_sums"]
 
@@ -42,7 +54,7 @@ def _more_rows(spec: Spec, K: int, S: int) -> int:
     return (1 + S + 2 * (K + S)) * hidden + K * spec.sizes[0] + (1 + K + S) * widest
 
 
-def slope_grad_sums(spec: Spec, params: list[Layer], X: Array, G: Array, GJ: Array) -> list[Layer]:
+def slope_grad_sums(spec: Spec, params: Layers, X: Array, G: Array, GJ: Array) -> list[Layer]:
     """Summed gradients, given dE/dH_L (n, d_L) and the derivative by dH_L/dX (n, d_L, d_0)."""
     n_in, n_out = spec.sizes[0], spec.sizes[-1]
     if n_out >= n_in:
@@ -54,7 +66,7 @@ def slope_grad_sums(spec: Spec, params: list[Layer], X: Array, G: Array, GJ: Arr
 
 def jet_grad_sums(
     spec: Spec,
-    params: list[Layer],
+    params: Layers,
     X: Array,
     G: Array,
     GJ: Array,
@@ -73,7 +85,7 @@ def _units(size: int, spec: Spec, n: int) -> Array:
 
 def _sums(
     spec: Spec,
-    params: list[Layer],
+    params: Layers,
     X: Array,
     G: Array,
     V: Array,
@@ -84,8 +96,8 @@ def _sums(
     K, S = len(V), 0 if Gs is None else 1
     arrays = {"GY": G, "V": V, "Gt": Gt} | ({} if Gs is None else {"Gs": Gs})
     sums = run(
-        jet_grads_pass,
-        spec,
+        jet_grads_tile,
+        spec._replace(reduction="sum"),
         params,
         X,
         products=3 * (1 + K + S),
@@ -103,7 +115,7 @@ def _sums(
     return by_layer(sums, spec.sizes)
 
 
-def _strides(arrays: dict[str, Array]) -> dict[str, int]:
+def _strides(arrays: dict[str, Array]) -> dict[str, Any]:
     """In bytes, by name."""
     names = ("k", "row", "column")
     return {
@@ -116,43 +128,15 @@ def _strides(arrays: dict[str, Array]) -> dict[str, int]:
 # The pass ----------------------------------------------------------------------------------------
 
 
-def jet_grads_pass(sources: int, real: DType) -> Callable[[int, int, int], int]:
-    """Fill the sums of a chunk."""
-
-    def jet_grads_pass(address, chunk, worker):
-        _ = sources
-        job = job_at(address)
-        layers = layers_of(job)
-        A = pointer(real, job.workspaces + worker * job.workspace_bytes)
-        sums = pointer(np.float64, job.sums + 8 * chunk * job.n_sums)
-        fill(sums, 0.0, ONE, job.n_sums, job.n_sums)
-        begin = chunk * job.chunk_rows
-        end = min(begin + job.chunk_rows, job.n)
-        for start in range(begin, end, job.tile_rows):
-            add_tile(job, layers, A, start, min(job.tile_rows, end - start), sums)
-        return True
-
-    return jet_grads_pass
-
-
-@compiled
-def add_tile(job, layers, A, start, n, sums):
-    """Add the sums over n rows from `start` on."""
-    m = whole_vectors(n, lanes(A))
-    stride = stride_for(m, lanes(A))
-    n_in, n_out = layers[0, 1], layers[-1, 2]
-    load(A, stride, m, job.X + start * job.X_row, job.X_row, job.X_column, n, n_in)
-    V, G = shifted(A, directions(job, layers) * stride), shifted(A, grads(job, layers) * stride)
-    for k in range(job.K):
-        address = job.V + k * job.V_k + start * job.V_row
-        load(shifted(V, k * n_in * stride), stride, m, address, job.V_row, job.V_column, n, n_in)
-    if job.S:
-        forward_thrice(job, layers, A, stride, m)
-    else:
-        forward_twice(job, layers, A, stride, m)
+@of_tiles
+def jet_grads_tile(job, layers, A, start, n, sums):
+    m, stride = extent(A, n)
+    load_inputs(job, layers, A, stride, start, n, m)
+    load_directions(job, layers, A, stride, start, n, m)
+    forward_higher(job, layers, A, stride, m)
     for l in range(len(layers)):
         level_up(job, layers, l, A, stride, m)
-    load_grads(job, G, start, stride, n, m, n_out)
+    load_grads(job, layers, A, stride, start, n, m)
     for l in range(len(layers) - 1, -1, -1):
         level_down(job, layers, l, A, stride, n, m)
         add_level(job, layers, l, A, stride, n, m, sums)
@@ -161,15 +145,9 @@ def add_tile(job, layers, A, start, n, sums):
 
 
 @compiled
-def n_units(job, layers):
-    """N, of all layers."""
-    return job.Y - layers[0, 4]
-
-
-@compiled
 def directions(job, layers):
     """The first row of V_1."""
-    return job.more + (1 + job.S) * n_units(job, layers)
+    return job.more + (1 + job.S) * n_units(layers)
 
 
 @compiled
@@ -190,13 +168,23 @@ def level_below(job, layers, l):
 @compiled
 def grads(job, layers):
     """The first row of G."""
-    n_levels = 2 * (job.K + job.S) * n_units(job, layers)
+    n_levels = 2 * (job.K + job.S) * n_units(layers)
     return directions(job, layers) + job.K * layers[0, 1] + n_levels
 
 
 @compiled
-def load_grads(job, G, start, stride, n, m, n_out):
+def load_directions(job, layers, A, stride, start, n, m):
+    """V_k."""
+    n_in, V = layers[0, 1], shifted(A, directions(job, layers) * stride)
+    for k in range(job.K):
+        address = job.V + k * job.V_k + start * job.V_row
+        load(shifted(V, k * n_in * stride), stride, m, address, job.V_row, job.V_column, n, n_in)
+
+
+@compiled
+def load_grads(job, layers, A, stride, start, n, m):
     """G, Gt_k and Gs of the outputs; 0 behind the last sample."""
+    n_out, G = layers[-1, 2], shifted(A, grads(job, layers) * stride)
     load(G, stride, m, job.GY + start * job.GY_row, job.GY_row, job.GY_column, n, n_out)
     for k in range(job.K):
         address = job.Gt + k * job.Gt_k + start * job.Gt_row
@@ -208,34 +196,19 @@ def load_grads(job, G, start, stride, n, m, n_out):
 
 
 @compiled
-def forward_thrice(job, layers, A, stride, m):
-    """As forward_twice, and f\'\'\'_l(Z_l) in as many rows behind."""
-    parts, N = pointer(np.int64, job.higher), n_units(job, layers)
-    for l in range(len(layers)):
-        _, n_in, n_out, h, d, _, W, b = layers[l]
-        H, below = shifted(A, h * stride), shifted(A, (h - n_in) * stride)
-        W_l, b_l = pointer(A, W), pointer(A, b)
-        call(job.product, (COLUMN, b_l, H, stride, W_l, n_in, 1, below, stride, n_out, n_in, m))
-        F, F2 = shifted(A, d * stride), shifted(A, (d + job.more - layers[0, 4]) * stride)
-        call(parts[l], (H, F, F2, shifted(F2, N * stride), n_out, stride, m))
-
-
-@compiled
 def level_up(job, layers, l, A, stride, m):
     """(I1) to (I4) for one layer."""
     _, n_in, n_out, _, d, _, W, _ = layers[l]
     K, S, W_l = job.K, job.S, pointer(A, W)
     Zt = shifted(A, level(job, layers, l) * stride)
-    Ht, below = (
-        shifted(Zt, (K + S) * n_out * stride),
-        shifted(A, level_below(job, layers, l) * stride),
-    )
+    below = shifted(A, level_below(job, layers, l) * stride)
+    Ht = shifted(Zt, (K + S) * n_out * stride)
     for k in range(K + S if l > 0 else K):
         Z, H = shifted(Zt, k * n_out * stride), shifted(below, k * n_in * stride)
-        call(job.product, (NOTHING, Z, Z, stride, W_l, n_in, 1, H, stride, n_out, n_in, m))
+        up(job, NOTHING, Z, Z, W_l, H, n_out, n_in, stride, m)
     if l == 0:
         fill(shifted(Zt, K * n_out * stride), type(A[0])(0), S * n_out, stride, m)
-    F, F2 = shifted(A, d * stride), shifted(A, (d + job.more - layers[0, 4]) * stride)
+    F, F2 = shifted(A, d * stride), shifted(A, more_of(job, layers, l) * stride)
     call(job.jet_up, (job.c, F, F2, Zt, Ht, K, S, n_out, stride, m))
 
 
@@ -243,8 +216,8 @@ def level_up(job, layers, l, A, stride, m):
 def level_down(job, layers, l, A, stride, n, m):
     """(I5) to (I7) for one layer; 0 behind the last sample."""
     n_out, d = layers[l, 2], layers[l, 4]
-    F, F2 = shifted(A, d * stride), shifted(A, (d + job.more - layers[0, 4]) * stride)
-    F3 = shifted(F2, n_units(job, layers) * stride)
+    F, F2 = shifted(A, d * stride), shifted(A, more_of(job, layers, l) * stride)
+    F3 = shifted(F2, n_units(layers) * stride)
     Zt, G = shifted(A, level(job, layers, l) * stride), shifted(A, grads(job, layers) * stride)
     call(job.jet_down, (job.c, F, F2, F3, Zt, G, job.K, job.S, n_out, stride, m))
     zero = type(A[0])(0)
@@ -260,13 +233,11 @@ def add_level(job, layers, l, A, stride, n, m, sums):
     Dt = shifted(A, level(job, layers, l) * stride)
     Ht = shifted(A, level_below(job, layers, l) * stride)
     dW = shifted(sums, place)
-    db = shifted(dW, n_out * n_in)
     add_products(job, A, D, n_out, H, n_in, stride, n, m, dW)
     for k in range(job.K + job.S if l > 0 else job.K):
         Dt_k, Ht_k = shifted(Dt, k * n_out * stride), shifted(Ht, k * n_in * stride)
         add_products(job, A, Dt_k, n_out, Ht_k, n_in, stride, n, m, dW)
-    for o in range(n_out):
-        db[o] += row_sum(shifted(D, o * stride), m)
+    add_row_sums(D, n_out, stride, m, shifted(dW, n_out * n_in))
 
 
 @compiled
@@ -275,7 +246,7 @@ def level_grads_below(job, layers, l, A, stride, m):
     _, n_in, n_out, _, d, _, W, _ = layers[l]
     W_l, G = pointer(A, W), shifted(A, grads(job, layers) * stride)
     D, Dt = shifted(A, d * stride), shifted(A, level(job, layers, l) * stride)
-    call(job.product, (NOTHING, G, G, stride, W_l, 1, n_in, D, stride, n_in, n_out, m))
+    down(job, NOTHING, G, W_l, D, n_out, n_in, stride, m)
     for k in range(job.K + job.S):
         G_k, D_k = shifted(G, (1 + k) * n_in * stride), shifted(Dt, k * n_out * stride)
-        call(job.product, (NOTHING, G_k, G_k, stride, W_l, 1, n_in, D_k, stride, n_in, n_out, m))
+        down(job, NOTHING, G_k, W_l, D_k, n_out, n_in, stride, m)

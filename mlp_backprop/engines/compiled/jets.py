@@ -4,7 +4,7 @@ Directions are unit vectors, and go up through the net in groups: as many as sta
 the tile. A group has K tangents and the S second derivatives that are formed of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,15 +12,26 @@ from numba import carray
 
 from mlp_backprop.backprop import Spec
 from mlp_backprop.engines.compiled.formulas import compiled
-from mlp_backprop.engines.compiled.jobs import job_at, layers_of
-from mlp_backprop.engines.compiled.layout import stride_for, whole_vectors
+from mlp_backprop.engines.compiled.jobs import higher
+from mlp_backprop.engines.compiled.kernels import load_inputs, of_tiles
 from mlp_backprop.engines.compiled.parts import address
 from mlp_backprop.engines.compiled.passes import run
-from mlp_backprop.engines.compiled.products import COLUMN, NOTHING, transpose
-from mlp_backprop.engines.compiled.rows import ACTIVATIONS, fill, multiply
-from mlp_backprop.engines.compiled.tiles import ONE, forward, load
-from mlp_backprop.engines.compiled.vectors import VECTOR_BYTES, call, lanes, pointer, shifted
-from mlp_backprop.types import Array, DType, Layer
+from mlp_backprop.engines.compiled.products import NOTHING
+from mlp_backprop.engines.compiled.rows import fill, multiply
+from mlp_backprop.engines.compiled.tiles import (
+    ONE,
+    down,
+    extent,
+    forward,
+    forward_higher,
+    more_of,
+    n_units,
+    store,
+    store_outputs,
+    up,
+)
+from mlp_backprop.engines.compiled.vectors import call, pointer, shifted
+from mlp_backprop.types import Array, Layers
 
 # Tangents, or pairs of columns, in a group.
 MOST_TANGENTS, MOST_PAIRS = 8, 4
@@ -35,32 +46,32 @@ class Group(NamedTuple):
     n_second: int = 0
 
 
-def jacobian(spec: Spec, params: list[Layer], X: Array, **outputs: Array) -> Array:
+def jacobian(spec: Spec, params: Layers, X: Array, **outputs: Array) -> Array:
     """dH_L/dX (n, d_L, d_0), and H_L into `outputs` if it is given."""
     n_in, n_out = spec.sizes[0], spec.sizes[-1]
     slopes = np.empty((len(X), n_out, n_in), spec.dtype)
     if n_in < n_out:
         run_jets(spec, params, X, groups_of(range(n_in)), slopes=slopes, **outputs)
     else:
-        own = {"products": 1 + n_out, "more_rows": max(spec.sizes)}
-        run(jacobian_pass, spec, params, X, **own, slopes=slopes, **outputs)
+        own: dict[str, Any] = {"products": 1 + n_out, "more_rows": max(spec.sizes)}
+        run(jacobian_tile, spec, params, X, **own, slopes=slopes, **outputs)
     return slopes
 
 
-def laplacian(spec: Spec, params: list[Layer], X: Array, columns: Sequence[int]) -> Array:
+def laplacian(spec: Spec, params: Layers, X: Array, columns: Sequence[int]) -> Array:
     """The sum of the second derivatives by these columns (n, d_L)."""
     groups = [Group(c, [(k, k, 0) for k in c], 1) for c in _batches(columns, MOST_TANGENTS)]
     second = _second(spec, params, X, groups)
     return np.sum(second, axis=2) if len(groups) != 1 else second[:, :, 0]
 
 
-def hessian_diag(spec: Spec, params: list[Layer], X: Array) -> Array:
+def hessian_diag(spec: Spec, params: Layers, X: Array) -> Array:
     """The second derivatives by every column (n, d_L, d_0)."""
     return hessian_entries(spec, params, X, [(k, k) for k in range(spec.sizes[0])])
 
 
 def hessian_entries(
-    spec: Spec, params: list[Layer], X: Array, pairs: Sequence[tuple[int, int]]
+    spec: Spec, params: Layers, X: Array, pairs: Sequence[tuple[int, int]]
 ) -> Array:
     """The second derivatives by these pairs of columns (n, d_L, P)."""
     groups = [
@@ -70,20 +81,20 @@ def hessian_entries(
     return _second(spec, params, X, groups)
 
 
-def _second(spec: Spec, params: list[Layer], X: Array, groups: list[Group]) -> Array:
+def _second(spec: Spec, params: Layers, X: Array, groups: list[Group]) -> Array:
     second = np.empty((len(X), spec.sizes[-1], sum(g.n_second for g in groups)), spec.dtype)
     run_jets(spec, params, X, groups, second=second)
     return second
 
 
-def outputs_and_slopes(spec: Spec, params: list[Layer], X: Array) -> tuple[Array, Array]:
+def outputs_and_slopes(spec: Spec, params: Layers, X: Array) -> tuple[Array, Array]:
     """H_L (n, d_L) and dH_L/dX (n, d_L, d_0)."""
     outputs = np.empty((len(X), spec.sizes[-1]), spec.dtype)
     return outputs, jacobian(spec, params, X, outputs=outputs)
 
 
 def jets(
-    spec: Spec, params: list[Layer], X: Array, columns: Sequence[int]
+    spec: Spec, params: Layers, X: Array, columns: Sequence[int]
 ) -> tuple[Array, Array, Array]:
     """H_L (n, d_L), dH_L/dX (n, d_L, d_0) and the sum of second derivatives by these columns."""
     n, n_in, n_out = len(X), spec.sizes[0], spec.sizes[-1]
@@ -107,9 +118,7 @@ def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[k : k + size] for k in range(0, len(items), size)]
 
 
-def run_jets(
-    spec: Spec, params: list[Layer], X: Array, groups: list[Group], **outputs: Array
-) -> None:
+def run_jets(spec: Spec, params: Layers, X: Array, groups: list[Group], **outputs: Array) -> None:
     """Fill outputs, slopes and second, those that are given, in the order of the groups."""
     columns: list[int] = []
     pairs: list[tuple[int, int, int]] = []
@@ -124,7 +133,7 @@ def run_jets(
     arrays = [len(group.columns) + group.n_second for group in groups]
     block_rows, hidden = max(arrays, default=0) * max(spec.sizes[1:]), sum(spec.sizes[1:])
     run(
-        jets_pass,
+        jets_tile,
         spec,
         params,
         X,
@@ -142,55 +151,21 @@ def run_jets(
     )
 
 
-def higher(spec: Spec, name: str) -> Array:
-    """Where the parts are that give every layer f and more derivatives of it."""
-    parts = [address(spec.dtype, name, ACTIVATIONS.index(row.name)) for row in spec.activations]
-    return np.array(parts, np.int64)
-
-
 # A backward sweep for each output ----------------------------------------------------------------
 
 
-def jacobian_pass(sources: int, real: DType) -> Callable[[int, int, int], int]:
-    """Fill the rows of a chunk."""
-
-    def jacobian_pass(address, chunk, worker):
-        _ = sources
-        job = job_at(address)
-        layers = layers_of(job)
-        A = pointer(real, job.workspaces + worker * job.workspace_bytes)
-        begin = chunk * job.chunk_rows
-        end = min(begin + job.chunk_rows, job.n)
-        for start in range(begin, end, job.tile_rows):
-            jacobian_tile(job, layers, A, start, min(job.tile_rows, end - start))
-        return True
-
-    return jacobian_pass
-
-
-@compiled
-def jacobian_tile(job, layers, A, start, n):
-    """The Jacobians of n rows from `start` on."""
-    m = whole_vectors(n, lanes(A))
-    stride = stride_for(m, lanes(A))
+@of_tiles
+def jacobian_tile(job, layers, A, start, n, sums):
+    m, stride = extent(A, n)
     n_in, n_out = layers[0, 1], layers[-1, 2]
-    load(A, stride, m, job.X + start * job.X_row, job.X_row, job.X_column, n, n_in)
+    load_inputs(job, layers, A, stride, start, n, m)
     forward(job, layers, A, stride, m)
-    number = VECTOR_BYTES // lanes(A)
     if job.outputs:
-        store_outputs(job, layers, A, start, stride, n)
+        store_outputs(job, layers, A, stride, start, n)
+    slopes = shifted(pointer(A, job.slopes), start * n_out * n_in)
     for o in range(n_out):
         G = slopes_of_output(job, layers, A, o, stride, m)
-        row = job.slopes + (start * n_out + o) * n_in * number
-        store(row, n_out * n_in, G, stride, n, n_in)
-
-
-@compiled
-def store_outputs(job, layers, A, start, stride, n):
-    """H_L."""
-    n_out, number = layers[-1, 2], VECTOR_BYTES // lanes(A)
-    H = shifted(A, layers[-1, 3] * stride)
-    store(job.outputs + start * n_out * number, n_out, H, stride, n, n_out)
+        store(shifted(slopes, o * n_in), n_out * n_in, G, stride, n, n_in)
 
 
 @compiled
@@ -200,12 +175,11 @@ def slopes_of_output(job, layers, A, o, stride, m):
     _, n_in, n_out, _, d, _, W, _ = layers[-1]
     # D_L is one row, f'_L(Z_L) of this output.
     D, W_o = shifted(A, (d + o) * stride), shifted(pointer(A, W), o * n_in)
-    call(job.product, (NOTHING, G, G, stride, W_o, 1, n_in, D, stride, n_in, 1, m))
+    down(job, NOTHING, G, W_o, D, ONE, n_in, stride, m)
     for l in range(len(layers) - 2, -1, -1):
         _, n_in, n_out, _, d, _, W, _ = layers[l]
         multiply(G, shifted(A, d * stride), n_out, stride, m)
-        W_l = pointer(A, W)
-        call(job.product, (NOTHING, below, below, stride, W_l, 1, n_in, G, stride, n_in, n_out, m))
+        down(job, NOTHING, below, pointer(A, W), G, n_out, n_in, stride, m)
         G, below = below, G
     return G
 
@@ -213,64 +187,38 @@ def slopes_of_output(job, layers, A, o, stride, m):
 # Directions from the inputs up -------------------------------------------------------------------
 
 
-def jets_pass(sources: int, real: DType) -> Callable[[int, int, int], int]:
-    """Fill the rows of a chunk."""
-
-    def jets_pass(address, chunk, worker):
-        _ = sources
-        job = job_at(address)
-        layers = layers_of(job)
-        A = pointer(real, job.workspaces + worker * job.workspace_bytes)
-        begin = chunk * job.chunk_rows
-        end = min(begin + job.chunk_rows, job.n)
-        for start in range(begin, end, job.tile_rows):
-            jets_tile(job, layers, A, start, min(job.tile_rows, end - start))
-        return True
-
-    return jets_pass
-
-
-@compiled
-def jets_tile(job, layers, A, start, n):
-    """The derivatives of n rows from `start` on, group by group."""
-    m = whole_vectors(n, lanes(A))
-    stride = stride_for(m, lanes(A))
-    n_in, n_out = layers[0, 1], layers[-1, 2]
-    load(A, stride, m, job.X + start * job.X_row, job.X_row, job.X_column, n, n_in)
+@of_tiles
+def jets_tile(job, layers, A, start, n, sums):
+    """Group by group."""
+    m, stride = extent(A, n)
+    load_inputs(job, layers, A, stride, start, n, m)
     fill(shifted(A, job.weights * stride), type(A[0])(1), ONE, m, m)
     if job.higher:
-        forward_twice(job, layers, A, stride, m)
+        forward_higher(job, layers, A, stride, m)
     else:
         forward(job, layers, A, stride, m)
-    number = VECTOR_BYTES // lanes(A)
     if job.outputs:
-        store_outputs(job, layers, A, start, stride, n)
+        store_outputs(job, layers, A, stride, start, n)
     groups = carray(pointer(np.int64, job.groups), (job.n_groups, GROUP))
     for g in range(job.n_groups):
-        _, _, column, K, s, S = groups[g]
         Ht = jets_of_group(job, layers, A, groups[g], stride, m)
-        Hs = shifted(Ht, K * n_out * stride)
-        for o in range(n_out):
-            i = start * n_out + o
-            if job.slopes:
-                row = job.slopes + (i * n_in + column) * number
-                store(row, n_out * n_in, shifted(Ht, o * stride), n_out * stride, n, K)
-            if job.second:
-                row = job.second + (i * job.n_second + s) * number
-                store(row, n_out * job.n_second, shifted(Hs, o * stride), n_out * stride, n, S)
+        store_group(job, layers, A, groups[g], Ht, start, stride, n)
 
 
 @compiled
-def forward_twice(job, layers, A, stride, m):
-    """Every H_l, f'_l(Z_l) in the rows of D_l, and f''_l(Z_l) in as many from job.more on."""
-    parts = pointer(np.int64, job.higher)
-    for l in range(len(layers)):
-        _, n_in, n_out, h, d, _, W, b = layers[l]
-        H, below = shifted(A, h * stride), shifted(A, (h - n_in) * stride)
-        W_l, b_l = pointer(A, W), pointer(A, b)
-        call(job.product, (COLUMN, b_l, H, stride, W_l, n_in, 1, below, stride, n_out, n_in, m))
-        F, F2 = shifted(A, d * stride), shifted(A, (d + job.more - layers[0, 4]) * stride)
-        call(parts[l], (H, F, F2, n_out, stride, m))
+def store_group(job, layers, A, group, Ht, start, stride, n):
+    """The K arrays Ht_L and the S arrays Hs_L behind them, to slopes and second."""
+    _, _, column, K, s, S = group
+    n_in, n_out, n_second = layers[0, 1], layers[-1, 2], job.n_second
+    Hs, step = shifted(Ht, K * n_out * stride), n_out * stride
+    for o in range(n_out):
+        i = start * n_out + o
+        if job.slopes:
+            to = shifted(pointer(A, job.slopes), i * n_in + column)
+            store(to, n_out * n_in, shifted(Ht, o * stride), step, n, K)
+        if job.second:
+            to = shifted(pointer(A, job.second), i * n_second + s)
+            store(to, n_out * n_second, shifted(Hs, o * stride), step, n, S)
 
 
 @compiled
@@ -278,8 +226,7 @@ def jets_of_group(job, layers, A, group, stride, m):
     """(I1) to (I4): where the K arrays Ht_L and the S arrays Hs_L of this group begin."""
     pair, n_pairs, column, K, _, S = group
     pairs, columns = job.pairs + 8 * TRIPLE * pair, pointer(np.int64, job.columns + 8 * column)
-    _, _, n_out, _, d_1, _, _, _ = layers[0]
-    T = shifted(A, (job.more + job.Y - d_1) * stride)  # behind f''
+    n_out, T = layers[0, 2], shifted(A, (job.more + n_units(layers)) * stride)  # behind f''
     below = shifted(T, job.block_rows * stride)
     first_tangents(job, layers[0], A, columns, T, K, stride, m)
     fill(shifted(T, K * n_out * stride), type(A[0])(0), S * n_out, stride, m)
@@ -290,8 +237,8 @@ def jets_of_group(job, layers, A, group, stride, m):
             T, below = below, T
             for k in range(K + S):
                 Z, H = shifted(T, k * n_out * stride), shifted(below, k * n_in * stride)
-                call(job.product, (NOTHING, Z, Z, stride, W_l, n_in, 1, H, stride, n_out, n_in, m))
-        F, F2 = shifted(A, d * stride), shifted(A, (d + job.more - d_1) * stride)
+                up(job, NOTHING, Z, Z, W_l, H, n_out, n_in, stride, m)
+        F, F2 = shifted(A, d * stride), shifted(A, more_of(job, layers, l) * stride)
         call(job.jet, (pairs, n_pairs, F, F2, T, K, S, n_out, stride, m))
     return T
 
@@ -304,14 +251,3 @@ def first_tangents(job, layer, A, columns, T, K, stride, m):
     for k in range(K):
         Z, W_k = shifted(T, k * n_out * stride), shifted(pointer(A, W), columns[k])
         call(job.product, (NOTHING, Z, Z, stride, W_k, n_in, 1, ones, stride, n_out, 1, m))
-
-
-@compiled
-def store(address, row, A, stride, n, n_columns):
-    """Rows of a tile, transposed, to n rows of an array, so many numbers from each to the next."""
-    out = pointer(A, address)
-    squares, columns = n - n % lanes(A), n_columns - n_columns % lanes(A)
-    transpose(out, row, A, stride, columns, squares)
-    for t in range(n):
-        for j in range(columns if t < squares else 0, n_columns):
-            out[t * row + j] = A[j * stride + t]

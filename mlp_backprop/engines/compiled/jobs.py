@@ -15,7 +15,7 @@ from mlp_backprop.engines.compiled.layout import Layout
 from mlp_backprop.engines.compiled.parts import address
 from mlp_backprop.engines.compiled.rows import ACTIVATIONS, LOSSES
 from mlp_backprop.engines.compiled.vectors import pointer
-from mlp_backprop.types import Array, DType, Layer, flat, n_params
+from mlp_backprop.types import Array, DType, Layers, flat, n_params
 
 FIELDS = (
     # The caller's arrays: addresses, 0 for what is absent, and strides in bytes
@@ -24,7 +24,7 @@ FIELDS = (
     # What a pass of jets.py writes for every row of X: H_L, its tangents, its second derivatives
     *("outputs", "slopes", "second", "n_second"),
     # Tables of its directions and of groups of them, rows of the tile for one group; parts
-    *("columns", "pairs", "groups", "n_groups", "block_rows", "higher", "jet"),
+    *("columns", "pairs", "groups", "n_groups", "block_rows", "jet"),
     # What one of jet_grads.py reads: K directions V_k, what is summed of their squares, and the
     # derivatives of a loss by outputs, slopes and second derivatives; strides in bytes; parts
     *("K", "S", "c", "V", "V_k", "V_row", "V_column"),
@@ -32,8 +32,10 @@ FIELDS = (
     *("Gs", "Gs_row", "Gs_column", "jet_up", "jet_down"),
     # The net: a layer_table; and addresses of parts
     *("layers", "n_layers", "product", "dots", "loss"),
-    # A vector of second_order.py, as the net, with where J v goes; addresses of parts
-    *("vector", "changes", "bends", "output_product"),
+    # A vector of second_order.py, as the net; a part
+    *("vector", "output_product"),
+    # What a pass does with a tile; parts with f'' and more, one for each layer
+    *("tile", "higher"),
     # How the rows are cut into chunks
     *("n_chunks", "chunk_rows"),
     # Whether a label was seen that is no class
@@ -48,6 +50,8 @@ FIELDS = (
     # What a pass writes for each row of X: where, and how many numbers, or a table of addresses;
     # and a number that it needs, in float64
     *("out", "out_columns", "factor"),
+    # Rows of numbers for per_output.py, each of out_columns
+    *("records", "n_records"),
 )
 NO_LABELS = np.empty(0, np.int64)
 W_PLACE = 6  # in a row of the layer_table
@@ -80,20 +84,20 @@ class Job:
             self.kept.pop(name, None)
             self._numbers[PLACE[name]] = 0
 
-    def follow(self, params: list[Layer], **arrays: Array) -> None:
+    def follow(self, params: Layers, **arrays: Array) -> None:
         """Let `find_arrays` look where these lie by then, should one be resized in place."""
         layers = self.kept["layers"]
         cells = [layers[l, k : k + 1] for l in range(len(layers)) for k in (W_PLACE, W_PLACE + 1)]
         cells += [self.record[name] for name in arrays]
         followed = [*flat(params), *arrays.values()]
         places = [
-            (_address_of_data(A), cell.ctypes.data) for A, cell in zip(followed, cells, strict=True)
+            (address_of_data(A), cell.ctypes.data) for A, cell in zip(followed, cells, strict=True)
         ]
         self.set(places=np.array(places), n_places=len(places))
         self.kept |= {"followed": followed}
 
 
-def job_of(spec: Spec, params: list[Layer], layout: Layout, **fields: int | Array) -> Job:
+def job_of(spec: Spec, params: Layers, layout: Layout, **fields: int | Array) -> Job:
     """What every pass is told: the net, where in a workspace things are, and more by name."""
     names = [row.name for row in spec.activations]
     part = partial(address, spec.dtype)
@@ -111,6 +115,12 @@ def job_of(spec: Spec, params: list[Layer], layout: Layout, **fields: int | Arra
     )
 
 
+def higher(spec: Spec, name: str) -> Array:
+    """Where the parts are that give every layer f_l and more derivatives of it."""
+    numbers = [ACTIVATIONS.index(row.name) for row in spec.activations]
+    return np.array([address(spec.dtype, name, k) for k in numbers], np.int64)
+
+
 def as_compiled(A: Array) -> Array:
     """The array if compiled code can read it as it lies, else a copy."""
     flags = A.flags
@@ -122,12 +132,12 @@ def labels_of(y: Array) -> Array:
     return y.astype(np.int64, copy=False) if y.ndim == 1 else NO_LABELS
 
 
-def _address_of_data(A: Array) -> int:
+def address_of_data(A: Array) -> int:
     """Where NumPy's object keeps the address of its numbers: behind what every object has."""
     return id(A) + object.__basicsize__
 
 
-def layer_table(params: list[Layer], names: list[str], dtype: DType) -> Array:
+def layer_table(params: Layers, names: list[str], dtype: DType) -> Array:
     """A row per layer: address of f_l, d_{l-1}, d_l, row of H_l, of D_l, and of its parameters.
 
     That is, their place in W_1, b_1, W_2, ... one after the other, and where W_l and b_l are.

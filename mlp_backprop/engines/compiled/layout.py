@@ -43,8 +43,10 @@ class Layout(NamedTuple):
     size: int  # of all, in numbers
 
 
-def layout(sizes: tuple[int, ...], n: int, dtype: DType, more_rows: int = 0) -> Layout:
-    """For n rows of X, and so many more rows of the tile, at its end."""
+def layout(
+    sizes: tuple[int, ...], n: int, dtype: DType, more_rows: int = 0, products: int = 0
+) -> Layout:
+    """For n rows of X, so many more rows of the tile, at its end, and room for `products` in P."""
     lanes = VECTOR_BYTES // dtype.itemsize
     Y = sizes[0] + 2 * sum(sizes[1:])
     weights, G = Y + sizes[-1], Y + sizes[-1] + 1
@@ -54,9 +56,10 @@ def layout(sizes: tuple[int, ...], n: int, dtype: DType, more_rows: int = 0) -> 
     tile_rows = max(1, min(n, max(LEAST_ROWS, min(fitting, MOST_ROWS))))
     m = whole(tile_rows, lanes)
     T = (n_rows + lanes) * stride(m, lanes)  # transposed by squares, which reach behind a row
-    P = T + m * whole(max(sizes[:-1]), lanes)
+    P = T + m * whole(max(sizes[:-1]) + 1, lanes)  # a pass may have a 1 beside H_{l-1}
     most_weights = max(n_out * whole(n_in, lanes) for n_in, n_out in pairwise(sizes))
-    return Layout(tile_rows, Y, weights, G, more, T, P, whole(P + most_weights, 2 * lanes))
+    size = P + max(most_weights, products)
+    return Layout(tile_rows, Y, weights, G, more, T, P, whole(size, 2 * lanes))
 
 
 @compiled

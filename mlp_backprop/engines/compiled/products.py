@@ -60,52 +60,58 @@ def _product_block(
     B_k: Any,
     n_k: Any,
 ) -> None:
-    builder, rows = vectors.builder, range(n_rows)
-    places = [(r, v) for r in rows for v in range(n_vectors)]
-
-    def place(row: Any, step: Any, v: int = 0) -> Any:
-        return builder.add(builder.mul(step, row), I64(v * vectors.lanes))
-
-    # Three ways to begin lead into one loop over k.
+    builder, rows, columns = vectors.builder, range(n_rows), range(n_vectors)
+    places = [(r, v) for r in rows for v in columns]
+    of_C = [_place(vectors, I64(r), C_row, v) for r, v in places]
     before = builder.block
-    names = "itself", "column", "loop", "done"
-    itself, column, loop, done = map(builder.function.append_basic_block, names)
-    choice = builder.switch(start, loop)
-    choice.add_case(I64(int(ITSELF)), itself)
-    choice.add_case(I64(int(COLUMN)), column)
-    builder.position_at_end(itself)
-    held = [vectors.load(C, place(I64(r), C_row, v)) for r, v in places]
-    builder.branch(loop)
-    builder.position_at_end(column)
-    biases = [vectors.broadcast(b, I64(r)) for r in rows]
-    builder.branch(loop)
+    loop, done = map(builder.function.append_basic_block, ("loop", "done"))
+    begun = _beginnings(vectors, start, b, C, of_C, n_vectors, loop)
 
     builder.position_at_end(loop)
     k = builder.phi(I64)
     sums = [builder.phi(vectors.type) for _ in places]
-    right = [vectors.load(B, place(k, B_k, v)) for v in range(n_vectors)]
+    right = [vectors.load(B, _place(vectors, k, B_k, v)) for v in columns]
     column_k = builder.mul(k, A_k)
-    left = [vectors.broadcast(A, builder.add(column_k, place(I64(r), A_row))) for r in rows]
+    offsets = [builder.add(column_k, _place(vectors, I64(r), A_row)) for r in rows]
+    left = [vectors.broadcast(A, offset) for offset in offsets]
     news = [
         vectors.multiply_add(left[r], right[v], total)
         for (r, v), total in zip(places, sums, strict=True)
     ]
     after = builder.add(k, I64(1))
     builder.cbranch(builder.icmp_signed("<", after, n_k), loop, done)
-    begun = {
-        before: [vectors.zero] * len(places),
-        itself: held,
-        column: [biases[r] for r, _ in places],
-        loop: news,
-    }
+    begun |= {before: [vectors.zero] * len(places), loop: news}
     for origin, values in begun.items():
         k.add_incoming(after if origin is loop else I64(0), origin)
         for total, value in zip(sums, values, strict=True):
             total.add_incoming(value, origin)
 
     builder.position_at_end(done)
-    for (r, v), value in zip(places, news, strict=True):
-        vectors.store(value, C, place(I64(r), C_row, v))
+    for value, place in zip(news, of_C, strict=True):
+        vectors.store(value, C, place)
+
+
+def _place(vectors: Vectors, row: Any, step: Any, v: int = 0) -> Any:
+    """Of vector v in a row, or of the number that a row begins with."""
+    return vectors.builder.add(vectors.builder.mul(step, row), I64(v * vectors.lanes))
+
+
+def _beginnings(
+    vectors: Vectors, start: Any, b: Any, C: Any, of_C: list[Any], n_vectors: int, loop: Any
+) -> dict[Any, list[Any]]:
+    """Ways into the loop besides the direct one, for NOTHING: the sums to begin with, by block."""
+    builder = vectors.builder
+    itself, column = map(builder.function.append_basic_block, ("itself", "column"))
+    choice = builder.switch(start, loop)
+    choice.add_case(I64(int(ITSELF)), itself)
+    choice.add_case(I64(int(COLUMN)), column)
+    builder.position_at_end(itself)
+    held = [vectors.load(C, place) for place in of_C]
+    builder.branch(loop)
+    builder.position_at_end(column)
+    biases = [vectors.broadcast(b, I64(r)) for r in range(len(of_C) // n_vectors)]
+    builder.branch(loop)
+    return {itself: held, column: [bias for bias in biases for _ in range(n_vectors)]}
 
 
 def _product_of_width(n_vectors: int) -> Any:

@@ -50,6 +50,15 @@ def copy(A, B, n_rows, stride, m):
 
 
 @compiled
+def add(A, B, n_rows, stride, m):
+    """A = A + B."""
+    n_rows, m = shape(n_rows, stride, m)
+    for row in range(n_rows):
+        for t in range(at(row * stride), at(row * stride + m)):
+            A[t] += B[t]
+
+
+@compiled
 def multiply(A, B, n_rows, stride, m):
     """A = A ∘ B."""
     n_rows, m = shape(n_rows, stride, m)
@@ -194,21 +203,8 @@ def softmax_cross_entropy(sources: int) -> Callable[..., None]:
 
     def softmax_cross_entropy(H, Y, G, n_rows, stride, m):
         _ = sources
-        zero, one = type(H[0])(0), type(H[0])(1)
-        m, largest = at(m), at(n_rows * stride)
-        total, weight = largest + at(stride), largest + at(2 * stride)
-        for t in range(m):
-            G[largest + t], G[total + t], G[weight + t] = H[t], zero, zero
-        for row in range(1, n_rows):
-            h = at(row * stride)
-            for t in range(m):
-                G[largest + t] = max(H[h + t], G[largest + t])
-        for row in range(n_rows):
-            h = at(row * stride)
-            for t in range(m):
-                G[h + t] = formulas.exp(H[h + t] - G[largest + t])
-                G[total + t] += G[h + t]
-                G[weight + t] += Y[h + t]
+        zero, one, m = type(H[0])(0), type(H[0])(1), at(m)
+        largest, total, weight = exponentials(H, Y, G, n_rows, stride, m)
         for row in range(n_rows):
             h = at(row * stride)
             for t in range(m):
@@ -218,6 +214,26 @@ def softmax_cross_entropy(sources: int) -> Callable[..., None]:
                 Y[h + t] = zero if k == zero else k * surprise
 
     return softmax_cross_entropy
+
+
+@compiled
+def exponentials(H, Y, G, n_rows, stride, m):
+    """Of outputs less a sample's largest. Behind them that one, their sum and that of Y: where."""
+    zero, largest = type(H[0])(0), at(n_rows * stride)
+    total, weight = largest + at(stride), largest + at(2 * stride)
+    for t in range(m):
+        G[largest + t], G[total + t], G[weight + t] = H[t], zero, zero
+    for row in range(1, n_rows):
+        h = at(row * stride)
+        for t in range(m):
+            G[largest + t] = max(H[h + t], G[largest + t])
+    for row in range(n_rows):
+        h = at(row * stride)
+        for t in range(m):
+            G[h + t] = formulas.exp(H[h + t] - G[largest + t])
+            G[total + t] += G[h + t]
+            G[weight + t] += Y[h + t]
+    return largest, total, weight
 
 
 # Jets --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ one compilation per dtype serves every net.
 import numpy as np
 
 from mlp_backprop.engines.compiled.formulas import compiled
-from mlp_backprop.engines.compiled.layout import whole_vectors
+from mlp_backprop.engines.compiled.layout import stride_for, whole_vectors
 from mlp_backprop.engines.compiled.products import (
     COLUMN,
     NOTHING,
@@ -23,6 +23,13 @@ NARROW = 8
 
 # A literal number is a type to Numba, with compilations of its own.
 ZERO, ONE = np.int64(0), np.int64(1)
+
+
+@compiled
+def extent(A, n):
+    """The columns of a tile of n rows of X, and the stride from row to row."""
+    m = whole_vectors(n, lanes(A))
+    return m, stride_for(m, lanes(A))
 
 
 # From the caller's arrays ------------------------------------------------------------------------
@@ -99,21 +106,69 @@ def store(out, row, A, stride, n, n_columns):
             out[t * row + j] = A[j * stride + t]
 
 
+@compiled
+def store_outputs(job, layers, A, stride, start, n):
+    """H_L."""
+    n_out, H = layers[-1, 2], shifted(A, layers[-1, 3] * stride)
+    store(shifted(pointer(A, job.outputs), start * n_out), n_out, H, stride, n, n_out)
+
+
 # The derivation ----------------------------------------------------------------------------------
+
+
+@compiled
+def up(job, start, b, Z, W, H, n_out, n_in, stride, m):
+    """Z = start + W H, of rows of a tile."""
+    call(job.product, (start, b, Z, stride, W, n_in, 1, H, stride, n_out, n_in, m))
+
+
+@compiled
+def down(job, start, G, W, D, n_out, n_in, stride, m):
+    """G = start + Wᵀ D."""
+    call(job.product, (start, G, G, stride, W, 1, n_in, D, stride, n_in, n_out, m))
 
 
 @compiled
 def forward(job, layers, A, stride, m):
     """Every H_l, and f'_l(Z_l) in the rows of D_l."""
-    for activation, n_in, n_out, h, d, _, W, b in layers:
-        H, below = shifted(A, h * stride), shifted(A, (h - n_in) * stride)
-        W_l, b_l = pointer(A, W), pointer(A, b)
-        # Z_l = W_l H_{l-1} + b_l
-        call(
-            job.product,
-            (COLUMN, b_l, H, stride, W_l, n_in, 1, below, stride, n_out, n_in, m),
-        )
-        call(activation, (H, shifted(A, d * stride), n_out, stride, m))
+    for layer in layers:
+        Z, F = linear(job, layer, A, stride, m)
+        call(layer[0], (Z, F, layer[2], stride, m))
+
+
+@compiled
+def linear(job, layer, A, stride, m):
+    """Z_l = W_l H_{l-1} + b_l in the rows of H_l: where these and those of D_l begin."""
+    _, n_in, n_out, h, d, _, W, b = layer
+    Z, below = shifted(A, h * stride), shifted(A, (h - n_in) * stride)
+    up(job, COLUMN, pointer(A, b), Z, pointer(A, W), below, n_out, n_in, stride, m)
+    return Z, shifted(A, d * stride)
+
+
+@compiled
+def forward_higher(job, layers, A, stride, m):
+    """As `forward`, with f''_l(Z_l) in the rows of `more_of`, and f\'\'\'_l behind all if S."""
+    parts, N = pointer(np.int64, job.higher), n_units(layers)
+    for l in range(len(layers)):
+        n_out = layers[l, 2]
+        Z, F = linear(job, layers[l], A, stride, m)
+        F2 = shifted(A, more_of(job, layers, l) * stride)
+        if job.S:
+            call(parts[l], (Z, F, F2, shifted(F2, N * stride), n_out, stride, m))
+        else:
+            call(parts[l], (Z, F, F2, n_out, stride, m))
+
+
+@compiled
+def n_units(layers):
+    """Of layers 1 to L."""
+    return layers[-1, 4] + layers[-1, 2] - layers[0, 4]
+
+
+@compiled
+def more_of(job, layers, l):
+    """The first row of layer l where a row per unit lies from `more` on, as of f''_l."""
+    return job.more + layers[l, 4] - layers[0, 4]
 
 
 @compiled
@@ -143,8 +198,8 @@ def deltas(job, layer, A, stride, n, m):
 def grads_below(job, layer, A, stride, m):
     """G_{l-1} = W_lᵀ D_l, of equation (3)."""
     _, n_in, n_out, _, d, _, W, _ = layer
-    D, G, W_l = shifted(A, d * stride), shifted(A, job.G * stride), pointer(A, W)
-    call(job.product, (NOTHING, G, G, stride, W_l, 1, n_in, D, stride, n_in, n_out, m))
+    D, G = shifted(A, d * stride), shifted(A, job.G * stride)
+    down(job, NOTHING, G, pointer(A, W), D, n_out, n_in, stride, m)
 
 
 @compiled
@@ -162,8 +217,13 @@ def weight_grads(job, layer, A, stride, n, m, sums, are_new=False):
     _, n_in, n_out, h, d, place, _, _ = layer
     D, H = shifted(A, d * stride), shifted(A, (h - n_in) * stride)
     dW = shifted(sums, place)
-    db = shifted(dW, n_out * n_in)
     add_products(job, A, D, n_out, H, n_in, stride, n, m, dW, are_new)
+    add_row_sums(D, n_out, stride, m, shifted(dW, n_out * n_in), are_new)
+
+
+@compiled
+def add_row_sums(D, n_out, stride, m, db, are_new=False):
+    """D 1, added to db, or in its place."""
     for o in range(n_out):
         total = row_sum(shifted(D, o * stride), m)
         db[o] = total if are_new else db[o] + total
@@ -172,6 +232,12 @@ def weight_grads(job, layer, A, stride, n, m, sums, are_new=False):
 @compiled
 def add_products(job, A, D, n_out, H, n_in, stride, n, m, dW, are_new=False):
     """D Hᵀ, of rows of a tile, added to dW, or in its place."""
+    add_products_apart(job, A, D, n_out, H, n_in, stride, n, m, dW, n_in, are_new)
+
+
+@compiled
+def add_products_apart(job, A, D, n_out, H, n_in, stride, n, m, dW, step, are_new=False):
+    """The same, to rows of dW so many numbers apart."""
     T, P, row = shifted(A, job.T), shifted(A, job.P), n_in
     if n_in < NARROW or n_out < NARROW:
         call(job.dots, (P, row, D, stride, H, stride, n_out, n_in, m))
@@ -180,7 +246,7 @@ def add_products(job, A, D, n_out, H, n_in, stride, n, m, dW, are_new=False):
         transpose(T, row, H, stride, n_in, m)
         call(job.product, (NOTHING, P, P, row, D, stride, 1, T, row, n_out, n, row))
     for o in range(n_out):
-        sums, products = shifted(dW, o * n_in), shifted(P, o * row)
+        sums, products = shifted(dW, o * step), shifted(P, o * row)
         if are_new:
             for i in range(at(n_in)):
                 sums[i] = products[i]

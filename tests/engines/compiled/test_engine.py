@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import oracles
 import pytest
+from derivation import checked
+from oracles import assert_bits
 
 numba = pytest.importorskip("numba", reason="the compiled engine needs numba")
 
 from mlp_backprop import backprop  # noqa: E402
 from mlp_backprop.activations import ACTIVATIONS  # noqa: E402
-from mlp_backprop.edge import validation  # noqa: E402
 from mlp_backprop.engines import numpy_tiles  # noqa: E402
 from mlp_backprop.engines.compiled import engine as numba_engine  # noqa: E402
 from mlp_backprop.engines.compiled import formulas, kernels, parts, schedule, tiles, vectors  # noqa: E402
@@ -30,12 +31,6 @@ WIDE = (40, 260, 3)
 @pytest.fixture(params=FLOATS)
 def dtype(request):
     return request.param
-
-
-def checked(problem):
-    """spec, params, X, y, weight."""
-    params, X, y, options = problem
-    return validation.problem(params, X, y, reduction="sum", backend=None, **options)
 
 
 def engine(problem, n=None):
@@ -197,35 +192,8 @@ def test_the_next_run_of_a_wide_net_knows_nothing_of_the_last(dtype):
 # Any arrays --------------------------------------------------------------------------------------
 
 
-def fortran(A):
-    return np.asfortranarray(A)
-
-
-def backwards(A):
-    return np.ascontiguousarray(A[::-1])[::-1]
-
-
-def strided(A):
-    wide = np.zeros(tuple(3 * size for size in A.shape), A.dtype)
-    view = wide[tuple(slice(None, None, 3) for _ in A.shape)]
-    view[...] = A
-    return view
-
-
-def read_only(A):
-    A = A.copy()
-    A.flags.writeable = False
-    return A
-
-
-def unaligned(A):
-    buffer = np.empty(A.nbytes + 1, np.uint8)[1:].view(A.dtype).reshape(A.shape)
-    buffer[...] = A
-    return buffer
-
-
 @pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
-@pytest.mark.parametrize("change", [fortran, backwards, strided, read_only, unaligned])
+@pytest.mark.parametrize("change", oracles.ANY_ARRAYS)
 def test_any_strides_and_read_only(change, loss, dtype):
     problem = oracles.make_problem(n=300, loss=loss, weighted=True).astype(dtype)
     expected = flat(engine(problem))
@@ -368,7 +336,8 @@ def test_each_source_is_a_part_of_the_key_in_the_cache(source, tmp_path, monkeyp
     "make",
     [
         *(partial(make, k=0) if "k" in arguments else make for make, arguments in MAKERS),
-        partial(kernels.gradient_pass, real=np.float32),
+        partial(kernels.over_tiles, real=np.float32),
+        partial(kernels._tile, real=np.float32, name="add_tile"),
         partial(kernels.results_pass, real=np.float32),
         kernels.place,
         kernels.activate,
@@ -423,7 +392,3 @@ def test_the_layouts_of_many_nets_are_not_all_kept():
     assert numba_engine.record.cache_info().currsize < 500
     net = (3, 2, 1)
     assert numba_engine.record(net, np.dtype(np.float64)).names == ("W1", "b1", "W2", "b2")
-
-
-def assert_bits(got, expected):
-    np.testing.assert_array_equal(got, expected)

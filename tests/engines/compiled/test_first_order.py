@@ -5,6 +5,8 @@ from functools import partial
 import numpy as np
 import oracles
 import pytest
+from derivation import checked
+from oracles import assert_bits
 
 pytest.importorskip("numba", reason="the compiled engine needs numba")
 
@@ -16,7 +18,6 @@ from mlp_backprop.derivatives.per_sample import (
     per_sample_grad_norms,
     per_sample_grads,
 )
-from mlp_backprop.edge import validation
 from mlp_backprop.engines import choice
 from mlp_backprop.engines.compiled import first_order, schedule
 from mlp_backprop.losses import LOSSES
@@ -74,9 +75,7 @@ QUESTIONS = PER_ROW + SUMMED
 
 def derived(problem):
     """By question, the derivation's answers in float64."""
-    spec, params, X, y, weight = validation.problem(
-        *problem.astype(np.float64)[:3], reduction="sum", **problem.astype(np.float64).options
-    )
+    spec, params, X, y, weight = checked(problem.astype(np.float64))
     loss, factors = samples.sweep(spec, params, X, y, weight)
     factors = list(factors)
     squares = samples.squared_norms(spec, factors)[::-1]
@@ -271,42 +270,14 @@ def test_rows_of_a_batch_are_those_of_a_part_of_it(question, dtype):
 def test_no_rows(question, loss, dtype):
     problem = oracles.make_problem(n=0, loss=loss, dtype=dtype)
     for A, B in zip(ask(question, problem), derived(problem)[question], strict=True):
-        assert A.dtype == dtype
-        assert_bits(A, B)
+        assert_bits(A, B.astype(dtype))
 
 
 # Any arrays --------------------------------------------------------------------------------------
 
 
-def fortran(A):
-    return np.asfortranarray(A)
-
-
-def backwards(A):
-    return np.ascontiguousarray(A[::-1])[::-1]
-
-
-def strided(A):
-    wide = np.zeros(tuple(3 * size for size in A.shape), A.dtype)
-    view = wide[tuple(slice(None, None, 3) for _ in A.shape)]
-    view[...] = A
-    return view
-
-
-def read_only(A):
-    A = A.copy()
-    A.flags.writeable = False
-    return A
-
-
-def unaligned(A):
-    buffer = np.empty(A.nbytes + 1, np.uint8)[1:].view(A.dtype).reshape(A.shape)
-    buffer[...] = A
-    return buffer
-
-
 @pytest.mark.parametrize("question", QUESTIONS)
-@pytest.mark.parametrize("change", [fortran, backwards, strided, read_only, unaligned])
+@pytest.mark.parametrize("change", oracles.ANY_ARRAYS)
 def test_any_strides_and_read_only(change, question, dtype):
     problem = oracles.make_problem(n=300, weighted=True, dtype=dtype)
     U = vector_of_outputs(problem)
@@ -328,7 +299,7 @@ def test_classes_of_any_integer_type(question, integer):
 @pytest.mark.parametrize("wrong", [-1, 4, 2**40])
 def test_a_class_out_of_range_is_refused(wrong, n):
     problem = oracles.make_problem(n=n, loss="softmax_cross_entropy")
-    arrays = validation.problem(*problem[:3], reduction="sum", **problem.options)
+    arrays = checked(problem)
     arrays.y[n - 2] = wrong  # after the edge has looked
     for refuse in (
         partial(first_order.norms, per_layer=False),
@@ -375,20 +346,8 @@ def test_the_number_of_threads_changes_no_bit(question, dtype, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [(1025, 3, 1), (3, 257, 1)])
 def test_wider_nets_and_other_backends_are_left_to_others(sizes):
-    wide = validation.problem(*oracles.make_problem(sizes)[:3]).spec
-    narrow = validation.problem(*oracles.make_problem()[:3]).spec
+    wide = checked(oracles.make_problem(sizes)).spec
+    narrow = checked(oracles.make_problem()).spec
     assert choice.first_order(wide, "numba") is None
     assert choice.first_order(narrow, None) is None
     assert choice.first_order(narrow, "numba") is first_order
-
-
-@pytest.mark.parametrize(
-    "make", [make for name, make in vars(first_order).items() if name.endswith("_pass")]
-)
-def test_what_is_compiled_holds_the_version_of_its_sources(make):
-    held = [cell.cell_contents for cell in partial(make, real=np.float32)(123456789).__closure__]
-    assert 123456789 in held
-
-
-def assert_bits(got, expected):
-    np.testing.assert_array_equal(got, expected)

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("numba", reason="compiled passes need numba")
 
 from mlp_backprop import hvp, jacobian, per_sample_grad_norms, residual_grads
+from mlp_backprop.engines import memory
 from mlp_backprop.engines.compiled import passes
 from mlp_backprop.types import Layer, flat
 
@@ -19,7 +20,7 @@ SIZES = (3, 5, 4, 2)
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    passes._kept.plans.clear()
+    passes._kept.by_use.clear()
 
 
 def problem(n=7, seed=0):
@@ -34,10 +35,10 @@ def norms(params, X, y):
 def test_a_plan_serves_the_next_call_of_its_shapes():
     first, second = problem(), problem(seed=1)
     expected = [norms(*data).copy() for data in (first, second)]
-    [plan] = passes._kept.plans.values()
+    [plan] = passes._kept.by_use.values()
     assert np.array_equal(norms(*first), expected[0])
-    assert [*passes._kept.plans.values()] == [plan]
-    passes._kept.plans.clear()
+    assert [*passes._kept.by_use.values()] == [plan]
+    passes._kept.by_use.clear()
     assert np.array_equal(norms(*second), expected[1])
 
 
@@ -72,8 +73,8 @@ def test_what_one_call_asked_for_is_not_written_for_the_next():
 
     residual_grads(params, X, residual, activation="tanh", backend="numba")
     jacobian(params, X, activation="tanh", backend="numba")
-    for plan in passes._kept.plans.values():
-        for name in ("outputs", "slopes", "second", "vector", "changes", "out"):
+    for plan in passes._kept.by_use.values():
+        for name in ("outputs", "slopes", "second", "out"):
             assert plan.job.record[name][0] == 0
 
 
@@ -91,12 +92,12 @@ def test_a_failed_call_leaves_no_plan_behind():
 def test_few_plans_are_kept_and_no_large_ones(monkeypatch):
     for n in range(1, 40):
         norms(*problem(n))
-    assert len(passes._kept.plans) <= passes.MOST_KEPT
-    passes._kept.plans.clear()
+    assert len(passes._kept.by_use) <= memory.Kept.MOST
+    passes._kept.by_use.clear()
     monkeypatch.setattr(passes, "MOST_SUMS", 10)
     params, X, y = problem()
     hvp(params, X, y, params, activation="tanh", backend="numba")
-    assert not passes._kept.plans
+    assert not passes._kept.by_use
 
 
 def test_every_thread_has_its_own():
