@@ -64,6 +64,18 @@ def test_a_wrong_answer_is_caught(bench, tiny, name):
             bench.errors_of(wrong(bench, name, **changes), tiny, expected)
 
 
+def test_losses_parameters_and_shapes_count(bench):
+    expected, begin = (np.array([2.0, 1.0]), np.array([[3.0, 4.0], [6.0, 8.0]])), np.zeros((2, 2))
+    assert bench.error_of(expected, expected, begin) == 0
+    losses, vector = (A.copy() for A in expected)
+    losses[1] += 0.125
+    assert bench.error_of((losses, expected[1]), expected, begin) == 0.125
+    vector[0, 0] += 1
+    assert bench.error_of((expected[0], vector), expected, begin) == 1 / 5
+    with pytest.raises(ArithmeticError, match="wrong answer: of shapes"):
+        bench.error_of((losses[:1], vector), expected, begin)
+
+
 def test_nan_is_a_wrong_answer(bench, tiny):
     expected = bench.expected_of(tiny)
     layers = tiny.task().layers
