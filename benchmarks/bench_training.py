@@ -45,9 +45,7 @@ from mlp_backprop.types import Array
 Expected = dict[bool, tuple[Array, Array]]  # by whether it is of Task.comparable()
 
 CHECKED_STEPS = 20  # at least, and two epochs
-TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
-# In float32 a relu whose input is nearly 0 may be on in one library and off in another.
-OF_RELU = {"float64": 1e-9, "float32": 5e-2}
+FLOAT32, FLOAT32_RELU = 1e-4, 5e-2  # a relu of nearly 0 may be on in one library and off in another
 KEYS = ("nets", "load", "overhead", "memory", "data")
 QUICK_NETS = (NETS[0], *NETS[4:])
 UNDER_LOAD = OVERHEAD = ("2-10-5-1, batch 32", "64-64-64-1, batch 32")
@@ -110,7 +108,8 @@ def error_of(answer: tuple[Array, Array], expected: tuple[Array, Array], begin: 
 def errors_of(contender: Contender, net: Net, expected: Expected) -> dict[str, float]:
     """In both dtypes; one that is too large is an ArithmeticError."""
     errors = {}
-    for dtype, tolerance in (OF_RELU if net.activation == "relu" else TOLERANCES).items():
+    float32 = FLOAT32_RELU if net.activation == "relu" else FLOAT32
+    for dtype, tolerance in (("float64", contender.tolerance), ("float32", float32)):
         task = checked_task(net, dtype, contender.own_ways)
         run, read, around = contender.build(task)
         with around():
