@@ -1,6 +1,6 @@
 """What bench_training.py trains, on which rows, and how: the same for every contender."""
 
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ class Task:
         """The rows of each epoch as `train` takes them; drawn once, for who must be given them."""
         n = len(self.X)
         for epoch in range(len(self._orders), epochs):
-            drawn = np.random.default_rng([0, epoch]).permutation(n)
+            drawn = np.random.Generator(np.random.Philox(key=[0, epoch])).permutation(n)
             self._orders.append(drawn if self.shuffle else np.arange(n))
         return self._orders[:epochs]
 
@@ -131,13 +131,7 @@ class Net(NamedTuple):
         All are numbers of float32, so that they are the same in float64.
         """
         rng = np.random.default_rng(0)
-        draw = partial(init_params, self.sizes, rng)
-        layers = draw()
-        if self.n_members:
-            nets = [layers, *(draw() for _ in range(self.n_members - 1))]
-            layers = [
-                Layer(*map(np.stack, zip(*of, strict=True))) for of in zip(*nets, strict=True)
-            ]
+        layers = init_params(self.sizes, rng, members=self.n_members or None)
         X, y = self._rows(rng)
         task = Task(layers, X, y, self.activation, self.loss, min(self.batch_size, self.n))
         return task.astype("float32").astype(dtype)
