@@ -5,6 +5,7 @@
 #   make lint      format, lint and type checks
 #   make bench     the benchmarks, under fifteen minutes; bench-quick, bench-full
 #   make bench-load     how much slower each call gets beside a busy process; ten minutes
+#   make bench-training whole training runs beside torch, JAX and scikit-learn; under ten minutes
 #   make test-kernels   every CUDA kernel in every configuration, compiled and run on the CPU
 #   make check-gpu      is the CUDA engine right on this card, and how fast; under ten minutes
 #   make bench-gpu      the benchmarks of a CUDA card, under eight minutes
@@ -18,7 +19,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 SOURCES = mlp_backprop tests benchmarks
 
-.PHONY: verify test test-kernels lint bench bench-quick bench-full bench-load check-gpu bench-gpu clean
+.PHONY: verify test test-kernels lint bench bench-quick bench-full bench-load bench-training check-gpu bench-gpu clean
 
 verify: .venv/installed-verify
 	.venv/bin/python -m mlp_backprop verify
@@ -40,6 +41,10 @@ bench-quick bench bench-full: .venv/installed-test
 bench-load: .venv/installed-test
 	mkdir -p build
 	.venv/bin/python benchmarks/bench_load.py --json build/$@.json
+
+bench-training: .venv/installed-test
+	mkdir -p build
+	.venv/bin/python benchmarks/bench_training.py --json build/$@.json
 
 # Machines with a card are often offline, and have a torch of their own: all stays as it is.
 check-gpu:
