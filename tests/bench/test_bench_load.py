@@ -20,19 +20,12 @@ from mlp_backprop.bench.contenders import CONTENDERS
 from mlp_backprop.bench.problems import PROBLEMS, Cell
 
 # What there is beside calls that compute.
+# What computes nothing, or what other calls do; bench_training.py has `train` beside a load.
 NO_CALLS = {
-    "BackendStatus",
-    "Layer",
-    "LossAndGrads",
-    "Net",
-    "Params",
-    "PreparedGrads",
-    "Trace",
-    "backends",
-    "check_grads",
-    "init_params",
-    "ravel_params",
-    "unravel_params",
+    *("BackendStatus", "EpochInfo", "History", "Layer", "LossAndGrads", "MeanAndStd", "Net"),
+    *("Params", "PreparedGrads", "Trace", "TrainResult"),
+    *("backends", "check_grads", "ensemble_forward", "init_params", "optimizers", "plot_history"),
+    *("ravel_params", "schedules", "stack_params", "train", "unravel_params", "unstack_params"),
 }
 
 
