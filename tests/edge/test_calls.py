@@ -10,7 +10,8 @@ import mlp_backprop
 from mlp_backprop import compute_grads, hvp, jacobian
 
 OF_A_NET = {"activation", "backend"}
-OF_NONE = {"backends", "ravel_params", "stack_params", "unravel_params", "unstack_params"}
+OF_NONE = {"backends", "plot_history", *("ravel_params", "stack_params")}
+OF_NONE |= {"unravel_params", "unstack_params", *("optimizers", "schedules")}  # two are modules
 FUNCTIONS = [name for name in mlp_backprop.__all__ if name[0].islower() and name not in OF_NONE]
 
 

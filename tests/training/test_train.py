@@ -240,23 +240,37 @@ def test_a_callback_is_told_each_epoch_and_may_end_the_run():
     assert result.status == "stopped early"
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
-def test_ctrl_c_gives_what_was_reached(backend):
-    def interrupt():
+@pytest.fixture
+def ctrl_c():
+    """A function that presses it a moment later, in another thread."""
+
+    def press():
         time.sleep(0.3)
         signal.raise_signal(signal.SIGINT)
 
-    train(PARAMS, X, Y, epochs=1, backend=backend)  # compiled by now
-    threading.Thread(target=interrupt).start()
-    result = train(PARAMS, X, Y, epochs=10**6, validation=0.3, backend=backend)
-    assert result.status == "interrupted"
-    assert 1 <= len(result.history.loss) - 1 < 10**6
+    # A process that a shell began in the background ignores Ctrl-C, unless it is told otherwise.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: threading.Thread(target=press).start()
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_ctrl_c_gives_what_was_reached(ctrl_c, backend):
+    options = {"validation": 0.3, "backend": backend}
+    train(PARAMS, X, Y, epochs=1, **options)  # compiled by now
+
+    def pressed(info):
+        if info.epoch == 3:
+            ctrl_c()
+
+    result = train(PARAMS, X, Y, epochs=10**6, callback=pressed, **options)
     n = len(result.history.loss) - 1
-    whole = train(PARAMS, X, Y, epochs=n, validation=0.3, backend=backend)
+    assert (result.status, 3 <= n < 10**6) == ("interrupted", True)
+    whole = train(PARAMS, X, Y, epochs=n, **options)
     assert (whole.history.loss == result.history.loss).all()
     assert (vector(whole) == vector(result)).all()
-    on = train(PARAMS, X, Y, epochs=5, validation=0.3, backend=backend, resume=result.state)
-    further = train(PARAMS, X, Y, epochs=n + 5, validation=0.3, backend=backend)
+    on = train(PARAMS, X, Y, epochs=5, resume=result.state, **options)
+    further = train(PARAMS, X, Y, epochs=n + 5, **options)
     assert (on.history.loss == further.history.loss).all()
 
 
