@@ -10,9 +10,9 @@ from mlp_backprop.edge.backends import device_of, to_numpy
 from mlp_backprop.engines import choice
 from mlp_backprop.maths.runs import Task
 from mlp_backprop.nets.vectors import layers_like, unravel
-from mlp_backprop.types import Array, Layers, LossAndGrads
+from mlp_backprop.types import Array, LossAndGrads
 
-Pass = Callable[[Layers, Array, Array, Array | None], LossAndGrads]  # sums over some rows
+Pass = Callable[..., LossAndGrads]  # of params, X, y, weight; NumPy's also of where gradients go
 
 
 def pass_of(task: Task, members: list[int], backend: str | None, precision: str) -> Pass:

@@ -20,7 +20,7 @@ from mlp_backprop.maths.runs import DIVERGED, EMA_DECAY, FINISHED, RUNNING, STOP
 from mlp_backprop.nets.vectors import layers_like, ravel, unravel
 from mlp_backprop.training.batches import Batches
 from mlp_backprop.training.passes import Validation, mean_weight, pass_of
-from mlp_backprop.types import Array
+from mlp_backprop.types import Array, n_params
 
 
 class Runner:
@@ -44,6 +44,8 @@ class Runner:
                 if whole_epoch or perf_counter() >= end:
                     break
         finally:
+            for track in self.tracks:
+                track.seconds = track.seconds + (perf_counter() - track.started)
             _write_down(self.tracks, self.state)
 
 
@@ -91,6 +93,15 @@ class Moving(NamedTuple):
     grad_norm: Any
 
 
+class Views:
+    """Layers that lie in vectors of NumPy's: to copy a vector is quicker than to cut one up."""
+
+    def __init__(self, task: Task) -> None:
+        like = layers_like(task.spec.sizes)
+        self.vector, self.g = (np.empty(n_params(task.spec.sizes), task.spec.dtype) for _ in "vg")
+        self.params, self.grads = (unravel(np, A, like) for A in (self.vector, self.g))
+
+
 class Track:
     """The way of one net through its epochs, or of several together."""
 
@@ -102,6 +113,7 @@ class Track:
         self.on_device = task.spec.xp is not np  # where looking at a number means to wait
         self.like = layers_like(task.spec.sizes)
         self.sums = pass_of(task, members, backend, precision)
+        self.views = None if self.on_device or task.max_sample_norm else Views(task)
         self.mean_weight = self._factors([mean_weight(task, e) for e in members])
         self.scale = 1.0 if task.scale is None else task.scale
         self.now = self._begun()
@@ -188,8 +200,8 @@ class Track:
     def _step(self, X: Array, y: Array, weight: Array | None, look: bool) -> None:
         task, now, xp = self.task, self.now, self.task.spec.xp
         k, t = X.shape[-2], now.step + 1
-        loss, grads = self.sums(unravel(xp, now.vector, self.like), X, y, weight)
-        g = ravel(xp, grads) / (k * self.mean_weight)
+        loss, g = self._loss_and_grad(X, y, weight)
+        g = g / (k * self.mean_weight)
         norm = _norm(xp, g)
         if look and self._none_is_left(loss, norm):
             return
@@ -204,6 +216,16 @@ class Track:
         new = Moving(t, vector, slots, average, now.n_averaged, loss_sum, weight_sum, norm)
         self.now = new if self.alive.all() else self._of_those_alive(new)
         self.steps[self.alive] = t
+
+    def _loss_and_grad(self, X: Array, y: Array, weight: Array | None) -> tuple[Array, Array]:
+        """Sums over some rows, the gradient as a vector."""
+        xp, vector, views = self.task.spec.xp, self.now.vector, self.views
+        if views is None:
+            loss, grads = self.sums(unravel(xp, vector, self.like), X, y, weight)
+            return loss, ravel(xp, grads)
+        views.vector[...] = vector
+        loss, _ = self.sums(views.params, X, y, weight, views.grads)
+        return loss, views.g
 
     def _none_is_left(self, loss: Array, norm: Array) -> bool:
         """Members whose loss or gradient is not finite end, without this step."""

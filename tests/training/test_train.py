@@ -61,6 +61,15 @@ def test_three_epochs_of_sgd_by_hand():
     assert (result.status, result.best_epoch) == ("finished", 3)
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_seconds_go_on_from_slice_to_slice(monkeypatch, backend):
+    monkeypatch.setattr("mlp_backprop.training.train.SLICE", 0.0)
+    first = train(PARAMS, X, Y, epochs=5, backend=backend)
+    both = train(PARAMS, X, Y, epochs=5, backend=backend, resume=first.state)
+    assert both.history.seconds[0] == 0
+    assert (np.diff(both.history.seconds) > 0).all()
+
+
 def test_weights_are_normalised_over_the_training_set():
     order = shuffled([0, 0], 70)[:32]
     result = train(PARAMS, X, Y, sample_weight=WEIGHT, optimizer="sgd", learning_rate=1.0, epochs=1)

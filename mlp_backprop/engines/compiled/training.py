@@ -26,7 +26,7 @@ from mlp_backprop.types import Array, n_params
 AVERAGES = {"": 0, "ema": records.EMA, "swa": records.SWA}
 SLICE = 100_000_000  # nanoseconds after which Python has its turn, for Ctrl-C
 RANGE = 2048  # parameters in a range, at least
-TRY_AGAIN, TRIAL = 10, 0.1  # slices until another number of threads is tried; for which part of one
+TRY_AGAIN, TRIAL = 10, 0.02  # slices until the other number of threads has so much of one
 CLOCK_OPERATIONS, MOST_CLOCK_STEPS = 1_000_000, 16  # between two looks at the clock
 
 
@@ -287,8 +287,8 @@ def now() -> int:
 class Pace:
     """How many threads take the steps of one net: one or all, whichever was faster of late.
 
-    Beside a busy process threads that must meet at every step are slower than one. So now and then
-    the other way is tried, for a small part of a slice.
+    Beside a busy process threads that must meet at every step are slower than one. So now and then,
+    and more often in the beginning, the other way is tried for a small part of a slice.
     """
 
     def __init__(self, n_workers: int) -> None:
@@ -299,7 +299,8 @@ class Pace:
     def turns(self) -> Iterator[tuple[int, float]]:
         """Numbers of threads, and the part of a slice that each may have."""
         left, ways = 1.0, [1, self.n_workers]
-        if self.n_workers > 1 and self.n_slices % TRY_AGAIN == 0:
+        is_early = self.n_slices in (1, 2, 4)
+        if self.n_workers > 1 and (is_early or self.n_slices % TRY_AGAIN == 0):
             for n_workers in [n for n in ways if n != self._best() or not self.rates]:
                 left -= TRIAL
                 yield n_workers, TRIAL

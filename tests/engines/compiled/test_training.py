@@ -640,17 +640,19 @@ def test_runs_at_the_same_time(always_together, monkeypatch):
 def test_the_faster_way_is_taken():
     pace = training.Pace(4)
     rates = {1: 100.0, 4: 300.0}
-    taken = []
-    for _ in range(20):
+    slices = []
+    for k in range(20):
+        slices.append([])
         for n, share in pace.turns():
-            taken.append((n, share))
+            slices[-1].append((n, share))
             pace.tell(n, rates[n])
-        if len(taken) == 12:
+        if k == 9:
             rates[4] = 50.0
-    assert taken[:3] == [(1, 0.1), (4, 0.1), (4, 0.8)]
-    assert taken[3:12] == [(4, 1.0)] * 9
-    assert taken[12:14] == [(1, 0.1), (4, 0.9)]
-    assert taken[14:] == [(1, 1.0)] * 9
+    trial = [(1, 0.02), (4, 0.98)]
+    assert slices[0] == [(1, 0.02), (4, 0.02), (4, 0.96)]
+    assert slices[1:5] == [trial, trial, [(4, 1.0)], trial]
+    assert slices[5:11] == [[(4, 1.0)]] * 5 + [trial]
+    assert slices[11:] == [[(1, 1.0)]] * 9
     assert [*training.Pace(1).turns()] == [(1, 1.0)]
 
 
