@@ -33,14 +33,15 @@ def check_equal_bits(result, singles):
 @pytest.mark.parametrize("backend", ENGINES)
 def test_each_member_has_the_bits_of_its_single_run(backend):
     """Seeds, rows and rates of its own; a fraction for validation; an end of its own."""
-    rows = [RNG.integers(0, 60, 40 + 3 * e) for e in range(4)]
+    rng = np.random.default_rng(5)
+    rows = [rng.integers(0, 60, 40 + 3 * e) for e in range(4)]
     rates = [0.001, 0.3, 0.02, 0.5]
     options = {
         "epochs": 25,
         "optimizer": "rmsprop",
         "validation": 0.25,
         "patience": 3,
-        "sample_weight": RNG.random(60) + 0.1,
+        "sample_weight": rng.random(60) + 0.1,
         "weight_average": "ema",
         "max_grad_norm": 1.0,
         "backend": backend,
@@ -57,8 +58,9 @@ def test_each_member_has_the_bits_of_its_single_run(backend):
 @pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("own", ["X", "y", "Xy"])
 def test_members_may_have_data_of_their_own(backend, own):
-    own_X = RNG.random((4, 30, 3))
-    own_y = RNG.integers(0, 2, (4, 30))
+    rng = np.random.default_rng(5)
+    own_X = rng.random((4, 30, 3))
+    own_y = rng.integers(0, 2, (4, 30))
     nets = Net(
         stack_params([init_params([3, 4, 2], rng=e) for e in range(4)]),
         "tanh",
@@ -114,6 +116,7 @@ def test_ten_epochs_and_ten_more_are_twenty_for_members_too(backend):
 
 @pytest.mark.parametrize("seeds", [0, [0, 1, 2, 3]])
 def test_other_libraries_take_members_together(backend, seeds):
+    rng = np.random.default_rng(5)
     if backend.name == "numpy":
         pytest.skip("there each goes alone")
     params = [(backend.array(W), backend.array(b)) for W, b in STACKED]
@@ -124,7 +127,7 @@ def test_other_libraries_take_members_together(backend, seeds):
         "optimizer": "sgd",
     }
     options |= {"max_grad_norm": 10.0, "validation": 0.2, "weight_average": "swa", "batch_size": 20}
-    weight = RNG.random(60) + 0.1
+    weight = rng.random(60) + 0.1
     with pytest.warns(RuntimeWarning, match="of member 2"):
         expected = train(STACKED, X, Y, sample_weight=weight, **options)
     with pytest.warns(RuntimeWarning, match="of member 2"):
@@ -145,10 +148,11 @@ def test_other_libraries_take_members_together(backend, seeds):
 
 def test_patience_of_members_together(backend):
     """On other libraries too each stops by itself, and keeps what it had."""
+    rng = np.random.default_rng(5)
     if backend.name not in ("torch", "array_api_strict"):
         pytest.skip("two libraries will do")
     params = [(backend.array(W), backend.array(b)) for W, b in STACKED]
-    X_val = RNG.random((20, 3))
+    X_val = rng.random((20, 3))
     y_val = np.sin(X_val.sum(axis=1, keepdims=True))
     options = {
         "learning_rate": [0.4, 0.01, 0.8, 0.5],
