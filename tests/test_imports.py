@@ -318,10 +318,7 @@ IMPORTS = {
         "training.schedules types",
         "numpy",
     ),
-    "training.states": (
-        "edge.backends edge.calls maths.runs nets.vectors training.batches training.passes types",
-        "numpy",
-    ),
+    "training.states": ("edge.backends edge.calls maths.runs training.passes types", "numpy"),
     "training.train": (
         "edge.arguments edge.backends edge.numbers engines.choice maths.runs nets.vectors "
         "training.checked training.lbfgs training.progress training.reference "

@@ -20,7 +20,7 @@ from mlp_backprop.maths.optimizers import Optimizer
 from mlp_backprop.maths.runs import DIVERGED, FINISHED, RUNNING, STOPPED, State, Task
 from mlp_backprop.nets.vectors import layers_like, ravel, unravel
 from mlp_backprop.training.batches import Batches
-from mlp_backprop.training.passes import Validation, mean_weight, pass_of
+from mlp_backprop.training.passes import mean_weight, pass_of, validation_loss
 from mlp_backprop.types import Array
 
 
@@ -75,7 +75,7 @@ def _minimize(
 ) -> None:
     """Iterations of one member, until it has done its epochs or gets no further."""
     objective = _Objective(task, e, *options)
-    validation = Validation(task, [e], options[0]) if task.validation else None
+    validation = validation_loss(task, e, options[0]) if task.validation else None
     started, before = perf_counter(), float(np.nanmax(state.seconds[:, e]))
 
     def after_iteration(vector: Array) -> None:
@@ -86,7 +86,7 @@ def _minimize(
         state.loss[epoch, e], state.grad_norms[epoch, e] = objective.at(vector)
         state.seconds[epoch, e] = before + perf_counter() - started
         if validation is not None:
-            value = state.validation_loss[epoch, e] = validation.loss_of(own, 0)
+            value = state.validation_loss[epoch, e] = validation(own)
             if value < state.best_loss[e]:
                 state.best = _with_row(task, state.best, e, own)
                 state.best_loss[e], state.best_epoch[e] = value, epoch

@@ -12,6 +12,7 @@ from mlp_backprop.maths.runs import Task
 from mlp_backprop.nets.vectors import layers_like, unravel
 from mlp_backprop.types import Array, LossAndGrads
 
+Data = tuple[Array, Array, Array | None]  # X, y, weight
 Pass = Callable[..., LossAndGrads]  # of params, X, y, weight; NumPy's also of where gradients go
 
 
@@ -35,31 +36,41 @@ def mean_weight(task: Task, member: int) -> float:
     return float(np.mean(own, dtype=np.float64))
 
 
-class Validation:
-    """The rows by which each member is judged."""
+class MeanLoss:
+    """The weighted mean loss over some rows, without a gradient."""
 
-    def __init__(self, task: Task, members: list[int], backend: str | None) -> None:
-        self.spec, self.backend = task.spec, backend
+    def __init__(self, task: Task, data: Data, rows: Array | None, backend: str | None) -> None:
+        self.spec, self.backend, self.data = task.spec, backend, data
         self.like = layers_like(task.spec.sizes)
-        self.data = [_validation_data(task, e) for e in members]
+        if rows is not None:
+            xp = task.spec.xp
+            rows = xp.asarray(rows, device=device_of(xp, task.X))
+            X, y, weight = (None if A is None else xp.take(A, rows, axis=0) for A in data)
+            self.data = X, y, weight
 
-    def loss_of(self, vector: Array, i: int) -> float:
-        """The i-th member's weighted mean, without a gradient."""
-        spec, (X, y, weight) = self.spec, self.data[i]
+    def __call__(self, vector: Array) -> float:
+        """Of the net that this vector is."""
+        spec, (X, y, weight) = self.spec, self.data
         H = choice.outputs(spec, unravel(spec.xp, vector, self.like), X, self.backend)
         values, _ = backprop.loss_and_output_grad(spec, H, y, weight)
         return float(spec.xp.sum(values) / backprop.weight_sum(spec, X, weight))
 
 
-def _validation_data(task: Task, member: int) -> tuple[Array, Array, Array | None]:
+def training_loss(task: Task, member: int, backend: str | None) -> MeanLoss:
+    """Over the rows that a member is trained on."""
+    rows = None if task.rows is None else task.rows[member]
+    return MeanLoss(task, _own_data(task, member), rows, backend)
+
+
+def validation_loss(task: Task, member: int, backend: str | None) -> MeanLoss:
+    """Over those by which it is judged: others, or a part of the same data."""
     assert task.validation is not None
-    X, y, weight = task.validation
-    if task.validation_rows is not None:  # they are rows of what is trained on
-        X = X[member, ...] if task.own_X else X
-        y = y[member, ...] if task.own_y else y
     if task.validation_rows is None:
-        return X, y, weight
-    xp = task.spec.xp
-    rows = xp.asarray(task.validation_rows[member], device=device_of(xp, X))
-    weights = None if weight is None else xp.take(weight, rows, axis=0)
-    return xp.take(X, rows, axis=0), xp.take(y, rows, axis=0), weights
+        return MeanLoss(task, task.validation, None, backend)
+    return MeanLoss(task, _own_data(task, member), task.validation_rows[member], backend)
+
+
+def _own_data(task: Task, member: int) -> Data:
+    X = task.X[member, ...] if task.own_X else task.X
+    y = task.y[member, ...] if task.own_y else task.y
+    return X, y, task.weight

@@ -19,7 +19,7 @@ from mlp_backprop.edge.calls import quietly
 from mlp_backprop.maths.runs import DIVERGED, EMA_DECAY, FINISHED, RUNNING, STOPPED, State, Task
 from mlp_backprop.nets.vectors import layers_like, ravel, unravel
 from mlp_backprop.training.batches import Batches
-from mlp_backprop.training.passes import Validation, mean_weight, pass_of
+from mlp_backprop.training.passes import mean_weight, pass_of, validation_loss
 from mlp_backprop.types import Array, n_params
 
 
@@ -121,7 +121,7 @@ class Track:
         self.alive = state.status[members] == RUNNING
         self.steps = state.step[members]  # those of a member that has ended stay behind
         self.epoch, self.batches = -1, Batches(task, members[:1], 0)
-        self.validation = Validation(task, members, backend) if task.validation else None
+        self.validation = [validation_loss(task, e, backend) for e in members if task.validation]
         self.seconds = np.nanmax(state.seconds[:, members], axis=0)
         self.started = 0.0
 
@@ -277,8 +277,8 @@ class Track:
         rates = np.broadcast_to(task.rates[..., now.step - 1], task.n_members)
         self._write(epoch, "learning_rate", rates[self.members])
         self._write(epoch, "seconds", self.seconds + (perf_counter() - self.started))
-        if self.validation is not None:
-            self._judge(epoch, self.validation, average if task.average else now.vector)
+        if self.validation:
+            self._judge(epoch, average if task.average else now.vector)
         self.now = now._replace(
             average=average,
             n_averaged=n_averaged,
@@ -292,11 +292,11 @@ class Track:
         values = np.broadcast_to(values, len(self.members))
         getattr(self.state, name)[epoch, np.array(self.members)[self.alive]] = values[self.alive]
 
-    def _judge(self, epoch: int, validation: Validation, judged: Array) -> None:
+    def _judge(self, epoch: int, judged: Array) -> None:
         """Keep what is better than the best, and end what has waited for it too long."""
         state, members, xp = self.state, np.array(self.members), self.task.spec.xp
         nets = [judged] if self.is_one else [judged[i, ...] for i in range(len(members))]
-        values = np.array([validation.loss_of(net, i) for i, net in enumerate(nets)])
+        values = np.array([of(net) for of, net in zip(self.validation, nets, strict=True)])
         self._write(epoch, "validation_loss", values)
         better = self.alive & (values < state.best_loss[members])
         if self.is_one:

@@ -19,7 +19,7 @@ class History(NamedTuple):
     loss: Array  # mean over the batches of the epoch, as they were visited
     validation_loss: Array
     learning_rate: Array  # of the last step
-    grad_norm: Array  # of the last step, before clipping; in row 0 of all rows
+    grad_norm: Array  # of the last step, before clipping
     seconds: Array  # since the run began
 
 

@@ -9,20 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from mlp_backprop.edge.backends import device_of, to_numpy
+from mlp_backprop.edge.backends import device_of
 from mlp_backprop.edge.calls import quietly
 from mlp_backprop.maths.runs import FINISHED, RUNNING, State, Task
-from mlp_backprop.nets.vectors import layers_like, ravel, unravel
-from mlp_backprop.training.batches import Batches
-from mlp_backprop.training.passes import Validation, pass_of
+from mlp_backprop.training.passes import training_loss, validation_loss
 from mlp_backprop.types import Array
 
 HISTORY = ("loss", "validation_loss", "learning_rate", "grad_norms", "seconds")
-PASS_ROWS = 8192  # of the first look at all rows: a batch of them is copied
 
 
 @quietly
-def begun(task: Task, vector: Array, backend: str | None, precision: str) -> State:
+def begun(task: Task, vector: Array, backend: str | None) -> State:
     """Before the first step: row 0 of the history is of the nets as they come."""
     E, xp = task.n_members, task.spec.xp
     history = {name: np.full((task.epochs + 1, E), np.nan) for name in HISTORY}
@@ -42,16 +39,12 @@ def begun(task: Task, vector: Array, backend: str | None, precision: str) -> Sta
         **history,
     )
     state.seconds[0] = 0.0
-    like = layers_like(task.spec.sizes)
-    validation = Validation(task, list(range(E)), backend) if task.validation else None
     for e in range(E):
-        own = vector[e, ...]
-        loss, norm = _first_look(task, e, unravel(xp, own, like), backend, precision)
-        state.loss[0, e], state.grad_norms[0, e] = loss, norm
-        if validation is not None:
-            state.validation_loss[0, e] = validation.loss_of(own, e)
-            if np.isfinite(state.validation_loss[0, e]):
-                state.best_loss[e] = state.validation_loss[0, e]
+        state.loss[0, e] = training_loss(task, e, backend)(vector[e, ...])
+        if task.validation is not None:
+            judged = validation_loss(task, e, backend)(vector[e, ...])
+            state.validation_loss[0, e] = judged
+            state.best_loss[e] = judged if np.isfinite(judged) else np.inf
     return state
 
 
@@ -66,24 +59,6 @@ def _first_slots(task: Task, vector: Array) -> Array:
     if not slots[0]:
         return xp.zeros((0, *vector.shape), dtype=vector.dtype)
     return xp.stack([xp.stack(list(of_slot)) for of_slot in zip(*slots, strict=True)])
-
-
-def _first_look(
-    task: Task, member: int, params: Any, backend: str | None, precision: str
-) -> tuple[float, float]:
-    """The mean loss over a member's rows, and the norm of its gradient."""
-    xp = task.spec.xp
-    whole = task._replace(shuffle=False, batch_size=PASS_ROWS, max_sample_norm=None)
-    sums = pass_of(whole, [member], backend, precision)
-    loss, weights, total = 0.0, 0.0, 0.0
-    batches = Batches(whole, [member], 0)
-    for k in range(len(batches)):
-        X, y, weight = batches[k]
-        value, grads = sums(params, X, y, weight)
-        loss += float(value)
-        weights += X.shape[-2] if weight is None else float(xp.sum(weight))
-        total = total + to_numpy(xp, ravel(xp, grads)).astype(np.float64)
-    return loss / weights, float(np.linalg.norm(total) / weights)
 
 
 # Kept, and taken up again -------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def train(
     task = task._replace(rates=checked.rates_of(learning_rate, task, data))
     with backends.callers_stream([X], backend):
         if resume is None:
-            state = states.begun(task, data.vector, backend, precision)
+            state = states.begun(task, data.vector, backend)
         else:
             state = states.resumed(task, resume)
         told = callback and partial(_told, callback, task, state, data)

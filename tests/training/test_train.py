@@ -51,10 +51,9 @@ def test_three_epochs_of_sgd_by_hand():
         losses.append(total / 70)
     result = train(PARAMS, X, Y, optimizer="sgd", learning_rate=0.1, epochs=3, seed=7)
     np.testing.assert_allclose(vector(result), ravel_params(params), rtol=1e-12, atol=1e-14)
-    first, grads = compute_grads(PARAMS, X, Y)
+    first = compute_grads(PARAMS, X, Y).loss
     np.testing.assert_allclose(result.history.loss, [first, *losses], rtol=1e-12)
-    assert result.history.grad_norm[0] == pytest.approx(np.linalg.norm(ravel_params(grads)))
-    assert np.isnan(result.history.learning_rate[0])
+    assert np.isnan([result.history.grad_norm[0], result.history.learning_rate[0]]).all()
     assert (result.history.learning_rate[1:] == 0.1).all()
     assert np.isnan(result.history.validation_loss).all()
     assert (np.diff(result.history.seconds) > 0).all()

@@ -352,17 +352,20 @@ _lock = threading.Lock()
 _team: Team | None = None
 
 
-def run(work: int, job: int, n_chunks: int, n_workers: int) -> None:
+def run(work: int, job: int, n_chunks: int, n_workers: int, rested: bool = False) -> None:
     """Call work(job, chunk, worker), a compiled function at an address, for every chunk.
 
     A worker, from 0 to n_workers - 1, is one thread at a time, and the caller is number 0. Returns
-    when nothing runs any more; Ctrl-C is raised after that.
+    when nothing runs any more; Ctrl-C is raised after that. `rested` is for callers who measure by
+    themselves what helpers cost: what was lost before counts for nothing.
     """
     n_workers = min(n_workers, n_chunks, MOST_WORKERS)
     if MONOTONIC is None:
         threads.run_chunks(partial(_from_python(work), job), n_chunks, n_workers)
     else:
         team = _team_for(n_workers)
+        if rested:
+            team.word(REST).value = 0
         team.lead(team.address, work, job, n_chunks, n_workers)
 
 

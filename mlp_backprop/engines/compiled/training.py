@@ -274,7 +274,7 @@ class Runner:
         self.meeting[...] = 0
         run["meeting"] = self.meeting.ctypes.data if together else 0
         if n_workers > 1:
-            team.run(self.work, run.ctypes.data, n_places, n_workers)
+            team.run(self.work, run.ctypes.data, n_places, n_workers, rested=True)
         else:
             self.lead_alone(self.work, run.ctypes.data, n_places)
 

@@ -618,7 +618,7 @@ def test_helpers_that_never_come_are_not_waited_for(always_together, monkeypatch
     task, state = wide_enough_to_share()
     expected = by_threads(task, state, 1, monkeypatch)
     runner_of_one = training.Runner(task, deepcopy(state)).lead_alone
-    monkeypatch.setattr(team, "run", lambda work, run, n, _: runner_of_one(work, run, n))
+    monkeypatch.setattr(team, "run", lambda work, run, n, _, rested: runner_of_one(work, run, n))
     assert_same(by_threads(task, state, 2, monkeypatch), expected)
 
 
