@@ -26,7 +26,7 @@ from mlp_backprop.types import Array, n_params
 AVERAGES = {"": 0, "ema": records.EMA, "swa": records.SWA}
 SLICE = 100_000_000  # nanoseconds after which Python has its turn, for Ctrl-C
 RANGE = 2048  # parameters in a range, at least
-TRY_AGAIN, TRIAL = 10, 0.02  # slices until the other number of threads has so much of one
+TRY_AGAIN, TRIAL = 10, 0.1  # slices until the other number of threads has so much of one
 CLOCK_OPERATIONS, MOST_CLOCK_STEPS = 1_000_000, 16  # between two looks at the clock
 
 

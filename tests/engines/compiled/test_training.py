@@ -648,8 +648,8 @@ def test_the_faster_way_is_taken():
             pace.tell(n, rates[n])
         if k == 9:
             rates[4] = 50.0
-    trial = [(1, 0.02), (4, 0.98)]
-    assert slices[0] == [(1, 0.02), (4, 0.02), (4, 0.96)]
+    trial = [(1, 0.1), (4, 0.9)]
+    assert slices[0] == [(1, 0.1), (4, 0.1), (4, 0.8)]
     assert slices[1:5] == [trial, trial, [(4, 1.0)], trial]
     assert slices[5:11] == [[(4, 1.0)]] * 5 + [trial]
     assert slices[11:] == [[(1, 1.0)]] * 9
