@@ -69,6 +69,11 @@ class Task(NamedTuple):
         return 1 + 3 * self.epochs // 4
 
 
+# Of a state: the columns of the history, (epochs + 1, E), in which row 0 is of the net before the
+# first step.
+HISTORY = ("loss", "validation_loss", "learning_rate", "grad_norms", "seconds")
+
+
 @dataclass
 class State:
     """Parameters and what the optimizer keeps, the best so far, counts, and the history."""
@@ -85,8 +90,7 @@ class State:
     average: Array  # (E, P)
     n_averaged: Array  # (E,)
     status: Array  # (E,)
-    # (epochs + 1, E): row 0 is of the net before the first step
-    loss: Array
+    loss: Array  # from here on, HISTORY
     validation_loss: Array
     learning_rate: Array
     grad_norms: Array

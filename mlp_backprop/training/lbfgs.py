@@ -9,6 +9,7 @@ Programming 45 (1989).
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +25,7 @@ from mlp_backprop.training.passes import mean_weight, pass_of, validation_loss
 from mlp_backprop.types import Array
 
 
+@dataclass(frozen=True)  # for its repr, by which a run is told from another
 class LBFGS(Optimizer):
     """Its place in the table: no learning rate, and nothing that outlasts a call."""
 
@@ -50,8 +52,9 @@ class Runner:
     @quietly
     def advance(self, seconds: float, whole_epoch: bool = False) -> None:
         """The whole run, which calls by itself what is to be done between epochs."""
-        for e in np.flatnonzero(self.state.status == RUNNING):
-            _minimize(self.minimize, self.task, self.state, int(e), self.options, self.between)
+        for e in range(self.task.n_members):
+            if self.state.status[e] == RUNNING:
+                _minimize(self.minimize, self.task, self.state, e, self.options, self.between)
 
 
 def _minimizer() -> Callable[..., Any]:
@@ -93,7 +96,9 @@ def _minimize(
         waited = epoch - state.best_epoch[e]
         if task.patience is not None and waited >= task.patience:
             state.status[e] = STOPPED
-        if between() or state.status[e] != RUNNING:
+        if between():
+            state.status[state.status == RUNNING] = STOPPED
+        if state.status[e] != RUNNING:
             raise StopIteration
 
     left = task.epochs - int(state.step[e])

@@ -120,7 +120,8 @@ class Track:
         self.best = self._own(state.best)
         self.alive = state.status[members] == RUNNING
         self.steps = state.step[members]  # those of a member that has ended stay behind
-        self.epoch, self.batches = -1, Batches(task, members[:1], 0)
+        self.epoch = self.now.step // task.steps_per_epoch(members[0])
+        self.batches = Batches(task, members, self.epoch)
         self.validation = [validation_loss(task, e, backend) for e in members if task.validation]
         self.seconds = np.nanmax(state.seconds[:, members], axis=0)
         self.started = 0.0
@@ -245,7 +246,7 @@ class Track:
             slots=tuple(map(chosen, new.slots, old.slots)),
             average=chosen(new.average, old.average),
             loss_sum=chosen(new.loss_sum, old.loss_sum),
-            weight_sum=chosen(new.weight_sum + 0 * new.loss_sum, old.weight_sum),
+            weight_sum=chosen(new.weight_sum, old.weight_sum),
             grad_norm=chosen(new.grad_norm, old.grad_norm),
         )
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlp_backprop.maths.runs import State
+from mlp_backprop.maths.runs import HISTORY, State
 from mlp_backprop.types import Array, Net
 
 STATUSES = ("running", "finished", "stopped early", "interrupted", "diverged")
@@ -54,6 +54,5 @@ class EpochInfo(NamedTuple):
 
 def history_of(state: State, n_rows: int, is_one: bool) -> History:
     """The first rows, in arrays of their own."""
-    names = ("loss", "validation_loss", "learning_rate", "grad_norms", "seconds")
-    columns = (getattr(state, name)[:n_rows] for name in names)
+    columns = (getattr(state, name)[:n_rows] for name in HISTORY)
     return History(*((A[:, 0] if is_one else A).copy() for A in columns))

@@ -11,11 +11,9 @@ import numpy as np
 
 from mlp_backprop.edge.backends import device_of
 from mlp_backprop.edge.calls import quietly
-from mlp_backprop.maths.runs import FINISHED, RUNNING, State, Task
+from mlp_backprop.maths.runs import FINISHED, HISTORY, RUNNING, State, Task
 from mlp_backprop.training.passes import training_loss, validation_loss
 from mlp_backprop.types import Array
-
-HISTORY = ("loss", "validation_loss", "learning_rate", "grad_norms", "seconds")
 
 
 @quietly

@@ -11,7 +11,15 @@ import numpy as np
 from mlp_backprop.edge import backends, numbers
 from mlp_backprop.edge.arguments import type_name
 from mlp_backprop.engines import choice
-from mlp_backprop.maths.runs import DIVERGED, INTERRUPTED, RUNNING, STOPPED, State, Task
+from mlp_backprop.maths.runs import (
+    DIVERGED,
+    HISTORY,
+    INTERRUPTED,
+    RUNNING,
+    STOPPED,
+    State,
+    Task,
+)
 from mlp_backprop.nets.vectors import layers_like, unravel
 from mlp_backprop.training import checked, lbfgs, reference, states
 from mlp_backprop.training.checked import Data
@@ -241,18 +249,23 @@ def _drive(
 
 def _between(state: State, show: Show, told: Callable[[], bool] | None) -> bool:
     """Show how far all have come; whether to stop here."""
-    done = np.flatnonzero(np.isfinite(state.seconds).any(axis=1))[-1]
-    losses = (state.loss[done], state.validation_loss[done])
-    show(int(done), *(float(np.nanmean(A)) if np.isfinite(A).any() else math.nan for A in losses))
+    epoch = _last_epoch(state)
+    losses = (state.loss[epoch], state.validation_loss[epoch])
+    show(epoch, *(float(np.nanmean(A)) if np.isfinite(A).any() else math.nan for A in losses))
     return told is not None and told()
+
+
+def _last_epoch(state: State) -> int:
+    """The one that has ended last, of all members."""
+    return int(np.flatnonzero(np.isfinite(state.seconds).any(axis=1))[-1])
 
 
 def _told(
     callback: Callable[[EpochInfo], bool | None], task: Task, state: State, data: Data
 ) -> bool:
     """What the callback says of the epoch that has just ended."""
-    epoch = int(np.flatnonzero(np.isfinite(state.seconds).any(axis=1))[-1])
-    row = [getattr(state, name)[epoch] for name in states.HISTORY]
+    epoch = _last_epoch(state)
+    row = [getattr(state, name)[epoch] for name in HISTORY]
     loss, judged, rate, norm, seconds = (float(A[0]) if data.is_one else A.copy() for A in row)
     net = _net(data, state.average if task.average else state.vector)
     return bool(callback(EpochInfo(epoch, loss, judged, rate, norm, seconds, net)))

@@ -190,3 +190,9 @@ def test_patience_of_members_together(backend):
 def test_bad_input(options, match):
     with pytest.raises(ValueError, match=match):
         train(**({"net_or_params": STACKED, "X": X, "y": Y} | options))
+
+
+def test_one_callback_ends_all_members_of_lbfgs():
+    result = train(STACKED, X, Y, optimizer="lbfgs", epochs=50, callback=lambda info: True)
+    assert result.status == ("stopped early",) * 4
+    assert len(result.history.loss) == 2

@@ -303,3 +303,25 @@ def test_lbfgs_learns_the_function_of_the_assignment():
     result = train(params, data, target, optimizer="lbfgs", epochs=500)
     assert result.history.loss[-1] < 1e-5
     assert (np.diff(result.history.loss) <= 0).all()
+
+
+def test_a_callback_ends_lbfgs_and_it_goes_on_anew():
+    options = {"optimizer": "lbfgs", "validation": 0.3}
+    told = []
+
+    def callback(info):
+        told.append(info.epoch)
+        return info.epoch == 3
+
+    first = train(PARAMS, X, Y, epochs=50, callback=callback, **options)
+    assert (first.status, told, len(first.history.loss)) == ("stopped early", [1, 2, 3], 4)
+    more = train(PARAMS, X, Y, epochs=5, resume=first.state, **options)
+    assert (more.status, len(more.history.loss)) == ("finished", 9)
+    np.testing.assert_array_equal(more.history.loss[:4], first.history.loss)
+    assert more.history.loss[-1] < first.history.loss[-1]
+
+
+def test_a_result_is_printed_in_a_line():
+    result = train(PARAMS, X, Y, epochs=2)
+    loss = f"{result.history.loss[-1]:.4g}"
+    assert str(result) == f"{result.net}; finished after 2 epochs, loss {loss}"
