@@ -304,13 +304,13 @@ IMPORTS = {
         "training.passes types",
         "numpy scipy",
     ),
-    "training.pictures": ("types", "matplotlib numpy"),
     "training.progress": ("", "rich"),
     "training.reference": (
         "edge.backends edge.calls maths.runs nets.vectors training.batches training.passes types",
         "numpy",
     ),
     "training.results": ("maths.runs types", "numpy"),
+    "training.pictures": ("training.results types", "matplotlib numpy"),
     "training.schedules": ("edge.numbers types", "numpy"),
     "training.checked": (
         "backprop edge.arguments edge.backends edge.numbers edge.validation engines.orders "

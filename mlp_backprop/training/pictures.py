@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from mlp_backprop.training.results import TrainResult
 from mlp_backprop.types import Array
 
 TRAINING = {"color": "#0072B2", "linestyle": "-"}
 VALIDATION = {"color": "#D55E00", "linestyle": "--"}
 
 
-def plot_history(result: Any, ax: Any = None) -> Any:
+def plot_history(result: TrainResult, ax: Any = None) -> Any:
     """Draw the losses of a run, epoch by epoch, with the best epoch marked.
 
     Parameters
     ----------
-    result : what `train` returns
+    result : TrainResult
         Of one net, or of members, each of which has lines of its own.
     ax : matplotlib Axes, optional
         Where to draw. None: in a new figure of pyplot.
@@ -37,11 +38,10 @@ def plot_history(result: Any, ax: Any = None) -> Any:
 
     Examples
     --------
-    >>> from types import SimpleNamespace
     >>> import numpy as np
-    >>> from mlp_backprop import plot_history
-    >>> losses = SimpleNamespace(loss=np.array([4.0, 2.0, 1.0]), validation_loss=np.full(3, np.nan))
-    >>> axes = plot_history(SimpleNamespace(history=losses, best_epoch=2))
+    >>> from mlp_backprop import init_params, plot_history, train
+    >>> X = np.linspace(-1, 1, 50)[:, None]
+    >>> axes = plot_history(train(init_params([1, 5, 1], rng=0), X, np.sin(X), epochs=10))
     >>> axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()
     ('epoch', 'loss', 'log')
     """

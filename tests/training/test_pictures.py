@@ -2,34 +2,19 @@
 
 import sys
 from io import BytesIO
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from mlp_backprop import plot_history
-
-
-class History(NamedTuple):
-    loss: np.ndarray
-    validation_loss: np.ndarray
-    learning_rate: np.ndarray
-    grad_norm: np.ndarray
-    seconds: np.ndarray
-
-
-class Result(NamedTuple):
-    """What `plot_history` reads of a run."""
-
-    history: History
-    best_epoch: int | np.ndarray
+from mlp_backprop import History, Net, TrainResult, plot_history
 
 
 def made(loss, validation_loss=None, best_epoch=0):
     loss = np.asarray(loss, dtype=float)
     none = np.full_like(loss, np.nan)
     validation = none if validation_loss is None else np.asarray(validation_loss, dtype=float)
-    return Result(History(loss, validation, none, none, none), best_epoch)
+    history = History(loss, validation, none, none, none)
+    return TrainResult(Net([]), history, best_epoch, "finished", {})
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from mlp_backprop.engines.compiled import drawing, optimizers, schedule, team, t
 from mlp_backprop.engines.compiled.engine import by_layer
 from mlp_backprop.engines.compiled.layout import layout
 from mlp_backprop.losses import LOSSES
+from mlp_backprop.maths.optimizers import SGD, Adagrad, Adam, AdamW, RMSprop, Rprop
 from mlp_backprop.maths.runs import DIVERGED, FINISHED, RUNNING, STOPPED, State, Task
 from mlp_backprop.types import flat, n_params
 
@@ -31,43 +32,17 @@ HISTORY = "loss", "validation_loss", "learning_rate", "grad_norms"
 # What an optimizer does, from torch's documentation ----------------------------------------------
 
 
-def row(name, n_slots, **options):
-    return SimpleNamespace(name=name, n_slots=n_slots, **options)
-
-
-def sgd(momentum=0.0, nesterov=False, weight_decay=0.0):
-    n = int(momentum > 0)
-    return row("sgd", n, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
-
-
-def adam(name="adam", betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    return row(name, 2, betas=betas, eps=eps, weight_decay=weight_decay)
-
-
-def rmsprop(alpha=0.99, eps=1e-8, weight_decay=0.0, momentum=0.0):
-    options = {"alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-    return row("rmsprop", 1 + (momentum > 0), **options)
-
-
-def adagrad(eps=1e-10, weight_decay=0.0, lr_decay=0.0):
-    return row("adagrad", 1, eps=eps, weight_decay=weight_decay, lr_decay=lr_decay)
-
-
-def rprop(etas=(0.5, 1.2), step_sizes=(1e-6, 50.0)):
-    return row("rprop", 2, etas=etas, step_sizes=step_sizes)
-
-
 ROWS = {
-    "sgd": sgd(),
-    "momentum": sgd(momentum=0.8, weight_decay=0.01),
-    "nesterov": sgd(momentum=0.8, nesterov=True),
-    "adam": adam(),
-    "adam, decay": adam(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.02),
-    "adamw": adam("adamw", weight_decay=0.03),
-    "rmsprop": rmsprop(eps=1e-3, weight_decay=0.01),
-    "rmsprop, momentum": rmsprop(eps=1e-3, momentum=0.5),
-    "adagrad": adagrad(weight_decay=0.01, lr_decay=0.1),
-    "rprop": rprop(step_sizes=(1e-5, 0.02)),
+    "sgd": SGD(),
+    "momentum": SGD(momentum=0.8, weight_decay=0.01),
+    "nesterov": SGD(momentum=0.8, nesterov=True),
+    "adam": Adam(),
+    "adam, decay": Adam(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.02),
+    "adamw": AdamW(weight_decay=0.03),
+    "rmsprop": RMSprop(eps=1e-3, weight_decay=0.01),
+    "rmsprop, momentum": RMSprop(eps=1e-3, momentum=0.5),
+    "adagrad": Adagrad(weight_decay=0.01, lr_decay=0.1),
+    "rprop": Rprop(step_sizes=(1e-5, 0.02)),
 }
 
 
@@ -118,7 +93,7 @@ def made(
     names = [options.pop("activation", "tanh")] * (len(sizes) - 2) + ["identity"]
     spec = Spec(np, sizes, np.dtype(dtype), tuple(ACTIVATIONS[f] for f in names), LOSSES[loss])
     options.setdefault("epochs", 4)
-    return Task(spec, X, y, None, members, adam(), np.empty(0), None, batch_size=5, shuffle=True,
+    return Task(spec, X, y, None, members, Adam(), np.empty(0), None, batch_size=5, shuffle=True,
                 seeds=tuple(range(7, 7 + members)), **options)  # fmt: skip
 
 
@@ -130,7 +105,7 @@ def run_of(
     if rates is None:
         rates = 0.01 + 0.01 * np.cos(np.arange(n_steps))
     task = task._replace(batch_size=batch_size, shuffle=shuffle, weight=weight, rates=rates,
-                         optimizer=optimizer or adam(), scale=scale)  # fmt: skip
+                         optimizer=optimizer or Adam(), scale=scale)  # fmt: skip
     return task, begun(task)
 
 
@@ -288,12 +263,12 @@ def test_the_table_of_optimizers():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses(loss):
-    check(loss=loss, sizes=(3, 5, 4), optimizer=sgd())
+    check(loss=loss, sizes=(3, 5, 4), optimizer=SGD())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
-    check(activation=activation, sizes=(9, 8, 10, 2), optimizer=sgd())
+    check(activation=activation, sizes=(9, 8, 10, 2), optimizer=SGD())
 
 
 @pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
@@ -311,13 +286,13 @@ def test_weights_short_batches_and_no_shuffle(loss):
 
 
 def test_in_float32():
-    check(tolerance=2e-5, dtype=np.float32, optimizer=sgd(momentum=0.5), sizes=(17, 10, 3))
+    check(tolerance=2e-5, dtype=np.float32, optimizer=SGD(momentum=0.5), sizes=(17, 10, 3))
 
 
 def test_clipping():
-    _, state = check(max_grad_norm=0.3, optimizer=sgd())
+    _, state = check(max_grad_norm=0.3, optimizer=SGD())
     assert state.grad_norms[1] > 0.3
-    check(max_sample_norm=0.2, optimizer=sgd(), weight=np.linspace(0.1, 2.0, 23))
+    check(max_sample_norm=0.2, optimizer=SGD(), weight=np.linspace(0.1, 2.0, 23))
 
 
 def validated(**options):
@@ -342,7 +317,7 @@ def test_patience():
 def test_divergence_leaves_the_last_finite_net():
     rates = np.full(20, 1e-3)
     rates[6:] = 1e200
-    task, state = run_of(members=2, optimizer=sgd(), rates=np.stack([rates, np.full(20, 1e-3)]))
+    task, state = run_of(members=2, optimizer=SGD(), rates=np.stack([rates, np.full(20, 1e-3)]))
     with np.errstate(all="ignore"):
         expected = plain(task, deepcopy(state))
     compiled(task, state)
@@ -354,7 +329,7 @@ def test_divergence_leaves_the_last_finite_net():
 
 def test_many_rows_in_many_chunks_and_tiles():
     for sizes, n in (((3, 64, 2), 700), ((40, 64, 2), 300)):
-        task, state = run_of(sizes=sizes, n=n, batch_size=n - 9, epochs=3, optimizer=sgd())
+        task, state = run_of(sizes=sizes, n=n, batch_size=n - 9, epochs=3, optimizer=SGD())
         runner = training.Runner(task, deepcopy(state))
         assert runner.members["chunk_rows"][0] < task.batch_size
         assert_close(compiled(task, state), plain(task, begun(task)))
@@ -370,7 +345,7 @@ def test_no_copy_of_the_data_is_asked_for():
 
 
 def test_labels_as_they_lie():
-    options = {"loss": "softmax_cross_entropy", "sizes": (3, 5, 4), "optimizer": sgd()}
+    options = {"loss": "softmax_cross_entropy", "sizes": (3, 5, 4), "optimizer": SGD()}
     task, state = run_of(**options)
     rng = np.random.default_rng(8)
     validation = rng.normal(size=(11, 3)), rng.integers(4, size=11), None
@@ -426,7 +401,7 @@ def test_members_are_single_runs_bit_for_bit():
 
 
 def test_labels_of_their_own():
-    task, state = run_of(members=2, own=True, loss="softmax_cross_entropy", optimizer=sgd())
+    task, state = run_of(members=2, own=True, loss="softmax_cross_entropy", optimizer=SGD())
     assert task.y.shape == (2, 23)
     assert not np.array_equal(task.y[0], task.y[1])
     assert_close(compiled(task, deepcopy(state)), plain(task, state))
