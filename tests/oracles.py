@@ -178,6 +178,23 @@ def make_problem(
     return problem.astype(dtype)
 
 
+# What every compiled pass is tried on: arguments of make_problem.
+PROBLEMS: list[dict[str, Any]] = [
+    *(
+        {"activation": activation, "loss": loss, "weighted": weighted, "n": 9}
+        for activation in ACTIVATIONS
+        for loss in LOSSES
+        for weighted in (False, True)
+    ),
+    *({"activation": ["tanh", "silu", output], "loss": "huber"} for output in ACTIVATIONS),
+    {"loss": "softmax_cross_entropy", "class_rows": True, "n": 300},
+    *(
+        {"sizes": (5, 9, 6, 3), "n": n, "loss": "softmax_cross_entropy", "weighted": n > 2}
+        for n in (1, 2, 7, 255, 256, 257, 1000)
+    ),
+]
+
+
 def problems(
     shapes: Sequence[tuple[int, ...]], activation: str, loss: str, n: Sequence[int] = (7, 2, 1)
 ) -> Iterator[tuple[int, Problem]]:

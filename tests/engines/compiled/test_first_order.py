@@ -20,7 +20,6 @@ from mlp_backprop.derivatives.per_sample import (
 )
 from mlp_backprop.engines import choice
 from mlp_backprop.engines.compiled import first_order, schedule
-from mlp_backprop.losses import LOSSES
 from mlp_backprop.maths import samples
 from mlp_backprop.types import flat
 
@@ -123,29 +122,9 @@ def only_compiled(monkeypatch):
 
 
 @pytest.mark.usefixtures("only_compiled")
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_and_loss(activation, loss, dtype):
-    for weighted in (False, True):
-        problem = oracles.make_problem(activation=activation, loss=loss, weighted=weighted, n=9)
-        assert_equals_derivation(problem, dtype)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_of_the_output_and_mixed(activation, dtype):
-    problem = oracles.make_problem(activation=["tanh", "silu", activation], loss="huber")
-    assert_equals_derivation(problem, dtype)
-
-
-def test_rows_of_class_weights(dtype):
-    loss = "softmax_cross_entropy"
-    assert_equals_derivation(oracles.make_problem(loss=loss, class_rows=True, n=300), dtype)
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 255, 256, 257, 1000])
-def test_any_number_of_rows(n, dtype):
-    problem = oracles.make_problem((5, 9, 6, 3), n, loss="softmax_cross_entropy", weighted=n > 2)
-    assert_equals_derivation(problem, dtype)
+@pytest.mark.parametrize("problem", oracles.PROBLEMS, ids=str)
+def test_every_kind_of_problem(problem, dtype):
+    assert_equals_derivation(oracles.make_problem(**problem), dtype)
 
 
 @pytest.mark.parametrize(
