@@ -193,6 +193,12 @@ def test_bad_input(options, match):
 
 
 def test_one_callback_ends_all_members_of_lbfgs():
-    result = train(STACKED, X, Y, optimizer="lbfgs", epochs=50, callback=lambda info: True)
+    told = []
+
+    def callback(info):
+        told.append(info.epoch)
+        return len(told) == 1  # and no second time
+
+    result = train(STACKED, X, Y, optimizer="lbfgs", epochs=50, callback=callback)
     assert result.status == ("stopped early",) * 4
-    assert len(result.history.loss) == 2
+    assert (len(result.history.loss), told) == (2, [1])
